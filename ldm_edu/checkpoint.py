@@ -1,0 +1,198 @@
+"""A checkpoint is a folder: config.json, model.safetensors, README.md (its model card) and history.csv.
+
+It is written whole or not at all, and reading it never runs code from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from ldm_edu.runtime import REPOSITORY, UserError
+
+FORMAT = 1
+HOME = REPOSITORY / "data" / "checkpoints"
+Config = TypeVar("Config")
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged, or not what was asked for."""
+
+
+def names() -> list[str]:
+    """The committed checkpoints."""
+    return sorted(p.parent.name for p in HOME.glob("*/config.json"))
+
+
+def find(name: str | Path) -> Path:
+    """The folder of a checkpoint, given that folder or a committed checkpoint's name.
+
+    Only a name that begins with "hub:" uses the network: "hub:owner/repository" is fetched from the Hugging Face hub.
+
+    Raises:
+        CheckpointError: there is none, with the names there are.
+    """
+    if str(name).startswith("hub:"):
+        return _fetch(str(name).removeprefix("hub:"))
+    for folder in (Path(name).expanduser(), HOME / str(name)):
+        if (folder / "config.json").is_file():
+            return folder
+    if Path(name).is_dir():
+        raise CheckpointError(f"The folder {name} holds no config.json, so it is no checkpoint.")
+    raise CheckpointError(f"There is no checkpoint {str(name)!r}. Committed ones: {', '.join(names()) or 'none'}.")
+
+
+def find_by_fingerprint(sha256: str) -> Path:
+    """The committed checkpoint whose weights have this fingerprint.
+
+    Raises:
+        CheckpointError: none has.
+    """
+    for name in names():
+        if json.loads((HOME / name / "config.json").read_text()).get("sha256") == sha256:
+            return HOME / name
+    raise CheckpointError(f"No committed checkpoint has the weights {sha256[:12]}…, which this model's first stage needs.")
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the weights as they are stored: in half precision, by name."""
+    return hashlib.sha256(save(_stored(tensors))).hexdigest()
+
+
+def _stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n: (t.half() if t.is_floating_point() else t).detach().cpu().contiguous() for n, t in sorted(tensors.items())}
+
+
+@contextmanager
+def settings_of(folder: Path) -> Iterator[None]:
+    """Turns what goes wrong while a configuration is read into a worded error."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise CheckpointError(f"The configuration in {folder} is incomplete or wrong: {error!r}.") from error
+
+
+def _fetch(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=["config.json", "model.safetensors", "README.md"]))
+    except Exception as error:  # a dozen kinds, for no network, no such repository, no right to it, ...
+        raise CheckpointError(f"Cannot fetch {repository!r} from the Hugging Face hub: {error}") from error
+
+
+def write(folder: Path | str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str, history: str | None) -> None:
+    """Write a checkpoint: all its files into a new folder, then one rename.
+
+    Floating-point tensors are stored in half precision: half the size, and far finer than the model's own error.
+
+    Raises:
+        CheckpointError: a weight is not finite, or the parent folder does not exist; nothing is written.
+    """
+    folder = Path(folder)
+    if not folder.parent.is_dir():
+        raise CheckpointError(f"Cannot write {folder}: the folder {folder.parent} does not exist. Create it first.")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.half()).all():
+            raise CheckpointError(f"The weight {name} is not finite in half precision; the checkpoint was not written.")
+    weights = save(_stored(tensors))
+    full = {"format": FORMAT, "version": version("ldm-edu"), **config, "sha256": hashlib.sha256(weights).hexdigest()}
+    files = {"config.json": (json.dumps(full, indent=2) + "\n").encode(), "model.safetensors": weights, "README.md": card.encode()}
+    if history:
+        files["history.csv"] = history.encode()
+    write_folder(folder, files)
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Replace `folder` by one with these files, so that at every moment the old or the new one is whole."""
+    new, old = (folder.with_name(f"{folder.name}.{word}") for word in ("tmp", "old"))
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    for name, content in files.items():
+        with open(new / name, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read(folder: Path, kind: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the tensors (float32) of a checkpoint.
+
+    Raises:
+        CheckpointError: a file is missing, truncated, altered since it was written, of a newer format or another kind.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        weights = (folder / "model.safetensors").read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"Cannot read the checkpoint {folder}: {error.strerror} ({error.filename}).") from error
+    except ValueError as error:
+        raise CheckpointError(f"{folder / 'config.json'} is not valid JSON ({error}); fetch the checkpoint again.") from error
+    found = config.get("format")
+    if not isinstance(found, int) or found > FORMAT:
+        raise CheckpointError(
+            f"The checkpoint {folder} has format {found!r}; this version of ldm-edu reads formats up to {FORMAT}. "
+            "Update the package."
+        )
+    if kind and config.get("kind") != kind:
+        raise CheckpointError(f"The checkpoint {folder} is a {config.get('kind')!r}; a {kind!r} was asked for.")
+    if hashlib.sha256(weights).hexdigest() != config.get("sha256"):
+        raise CheckpointError(
+            f"{folder / 'model.safetensors'} is not the file that was saved: it is truncated or altered "
+            f"({len(weights):,} bytes). Fetch the checkpoint again."
+        )
+    try:
+        tensors = load(weights)
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder / 'model.safetensors'} is no safetensors file: {error}.") from error
+    return config, {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}
+
+
+def build(kind: type[Config], values: Mapping[str, Any], folder: Path) -> Config:
+    """A configuration dataclass from JSON (lists become tuples).
+
+    Raises:
+        CheckpointError: a setting that the dataclass does not have.
+    """
+    unknown = set(values) - {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    if unknown:
+        raise CheckpointError(f"{folder / 'config.json'} has unknown settings: {', '.join(sorted(unknown))}.")
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def fill(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Load the weights into a model that must fit them exactly.
+
+    Raises:
+        CheckpointError: names or shapes differ: the configuration does not belong to these weights.
+    """
+    own = {n: tuple(t.shape) for n, t in model.state_dict().items()}
+    given = {n: tuple(t.shape) for n, t in tensors.items()}
+    wrong = [n for n in sorted(own.keys() | given.keys()) if own.get(n) != given.get(n)]
+    if wrong:
+        first = wrong[0]
+        raise CheckpointError(
+            f"The configuration in {folder} does not fit its weights: {len(wrong)} differ, the first is {first} "
+            f"(configuration: {own.get(first)}, file: {given.get(first)})."
+        )
+    model.load_state_dict(dict(tensors))

@@ -1,0 +1,142 @@
+"""τθ for text: a tokenizer and a transformer, trained together with the UNet (equation 3) or frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from torch import Tensor, nn
+from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedModel, PreTrainedTokenizerFast
+
+from ldm_edu.runtime import UserError
+
+ENCODERS = ("BertModel", "CLIPTextModel", "T5EncoderModel")
+
+
+class UnknownWords(UserError):
+    """A prompt with words that the model never saw."""
+
+
+class TextConditioner(nn.Module):
+    """Captions to a sequence of vectors `(B, length, channels)` for cross-attention.
+
+    As in the paper, the transformer reads the padding too: no mask. (Table 15: 77 tokens of a BERT tokenizer, a
+    32-layer transformer. Ours are shorter, and BERT's own post-norm layers.)
+
+    Args:
+        tokenizer: a fast tokenizer with a padding token.
+        encoder: any transformer of `transformers` whose output has `last_hidden_state`.
+        length: every caption is padded to this many tokens.
+        frozen: keep the encoder as it is (CLIP or BERT with their own weights) instead of training it.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, encoder: PreTrainedModel, length: int, frozen: bool = False
+    ) -> None:
+        super().__init__()
+        self.tokenizer, self.encoder, self.length, self.frozen = tokenizer, encoder, length, frozen
+        encoder.requires_grad_(not frozen)
+
+    @classmethod
+    def from_words(
+        cls, words: Sequence[str], length: int = 32, channels: int = 128, layers: int = 3, heads: int = 4
+    ) -> TextConditioner:
+        """A small BERT over a vocabulary of whole words, untrained."""
+        vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *words])}
+        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.Lowercase()
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        config = BertConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=channels,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            intermediate_size=2 * channels,
+            max_position_embeddings=length,
+            type_vocab_size=1,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+        return cls(_wrap(tokenizer), BertModel(config, add_pooling_layer=False), length)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, encoder: str = "CLIPTextModel", length: int = 77) -> TextConditioner:
+        """A frozen encoder with its own weights, from a folder or, where there is a network, the Hugging Face hub.
+
+        Raises:
+            UserError: the weights cannot be had.
+        """
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            model = _encoder_class(encoder).from_pretrained(name)
+        except OSError as error:
+            raise UserError(f"Cannot load {encoder} from {str(name)!r}: {str(error).splitlines()[0]}") from error
+        return cls(tokenizer, model, length, frozen=True)
+
+    @property
+    def channels(self) -> int:
+        """The width of the sequence."""
+        return self.encoder.config.hidden_size
+
+    def tokenize(self, captions: Sequence[str]) -> Tensor:
+        """Token numbers `(B, length)`.
+
+        Raises:
+            UnknownWords: words outside the vocabulary, named, with the vocabulary.
+            UserError: a caption longer than the model reads.
+        """
+        encoded = self.tokenizer(list(captions), padding="max_length", max_length=self.length)["input_ids"]
+        unknown_token = self.tokenizer.unk_token_id
+        for caption, tokens in zip(captions, encoded, strict=True):
+            if len(tokens) > self.length:
+                raise UserError(f"The prompt is too long: {len(tokens)} tokens, and this model reads {self.length}: {caption!r}.")
+            if unknown_token is not None and unknown_token in tokens:
+                raise UnknownWords(self._unknown(caption))
+        return torch.tensor(encoded)
+
+    def _unknown(self, caption: str) -> str:
+        words = [w for w, _ in self.tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(caption.lower())]
+        vocabulary = self.tokenizer.get_vocab()
+        strange = ", ".join(repr(w) for w in dict.fromkeys(words) if w not in vocabulary)
+        known = ", ".join(sorted(w for w in vocabulary if w[0] != "["))
+        return f"This model never saw {strange} (in {caption!r}). It knows these words: {known}."
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Token numbers `(B, length)` to the context `(B, length, channels)`."""
+        return self.encoder(input_ids=tokens).last_hidden_state
+
+    def config(self) -> dict[str, Any]:
+        """Everything but the weights, as JSON: the tokenizer with its vocabulary, and the transformer's shape."""
+        return {
+            "length": self.length,
+            "frozen": self.frozen,
+            "encoder": type(self.encoder).__name__,
+            "encoder_config": self.encoder.config.to_diff_dict(),
+            "tokenizer": self.tokenizer.backend_tokenizer.to_str(),
+            "special_tokens": {k: str(v) for k, v in self.tokenizer.special_tokens_map.items()},
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> TextConditioner:
+        """What `config` describes, with untrained weights."""
+        kind = _encoder_class(config["encoder"])
+        arguments = {"add_pooling_layer": False} if kind is BertModel else {}
+        encoder = kind(kind.config_class(**config["encoder_config"]), **arguments)
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(config["tokenizer"]), **config["special_tokens"]
+        )
+        return cls(tokenizer, encoder, config["length"], config["frozen"])
+
+
+def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+
+
+def _encoder_class(name: str) -> type[PreTrainedModel]:
+    if name not in ENCODERS:
+        raise UserError(f"The text encoder is one of {', '.join(ENCODERS)}, not {name!r}.")
+    return getattr(transformers, name)

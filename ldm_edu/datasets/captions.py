@@ -1,0 +1,88 @@
+"""Captions of ShapeScenes: natural English in several phrasings, and the relation between two objects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+SIZES = ("small", "large")
+INVERSE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
+SAME_SIZE = {"small": ("small", "small", "small", "little"), "large": ("large", "large", "large", "big")}
+SAME_SIDE = {"left of": ("left of", "to the left of"), "right of": ("right of", "to the right of")}
+
+
+class Thing(NamedTuple):
+    """An object of a scene by name, its centre in units of the picture's side (y down)."""
+
+    shape: str
+    colour: str
+    size: str
+    x: float
+    y: float
+
+
+def relation(a: Thing, b: Thing) -> str:
+    """Where `a` is, seen from `b`: above, below, left of or right of, by the longer of the two distances."""
+    across, down = a.x - b.x, a.y - b.y
+    if abs(across) > abs(down):
+        return "left of" if across < 0 else "right of"
+    return "above" if down < 0 else "below"
+
+
+ONE = ("{a}", "{a}", "one {a1}", "there is {a}", "a picture of {a}")
+TWO = (
+    "{a} {ab} {b}",
+    "{a} {ab} {b}",
+    "{b} {ba} {a}",
+    "there is {a} {ab} {b}",
+    "{a} is {ab} {b}",
+    "a picture of {a} {ab} {b}",
+    "{a} and {b}, the {a2} {ab} the {b2}",
+)
+THREE = (
+    "{a} {ab} {b}, and {c} {cb} the {b2}",
+    "{a} {ab} {b}, with {c} {cb} the {b2}",
+    "there is {a} {ab} {b}, and {c} {cb} the {b2}",
+)
+
+
+def describe(things: Sequence[Thing], words: Sequence[int], full: bool = False) -> str:
+    """A caption for one to three objects.
+
+    Args:
+        words: four integers that choose the phrasing and the words; equal integers, equal caption.
+        full: name every size. Otherwise one caption in five leaves the sizes out.
+    """
+    phrasing, size_word, side_word, short = words
+    sizes = full or short % 5 != 0
+
+    def side(name: str) -> str:
+        options = SAME_SIDE.get(name, (name,))
+        return options[side_word % len(options)]
+
+    def noun(thing: Thing, article: bool = True) -> str:
+        size = SAME_SIZE[thing.size][size_word % 4] + " " if sizes else ""
+        name = f"{size}{thing.colour} {thing.shape}"
+        return f"{'an' if name[0] in 'aeiou' else 'a'} {name}" if article else name
+
+    templates = (ONE, TWO, THREE)[len(things) - 1]
+    slots = {}
+    for letter, thing in zip("abc", things, strict=False):
+        slots |= {letter: noun(thing), letter + "1": noun(thing, article=False), letter + "2": f"{thing.colour} {thing.shape}"}
+    if len(things) > 1:
+        ab = relation(things[0], things[1])
+        slots |= {"ab": side(ab), "ba": side(INVERSE[ab])}
+    if len(things) > 2:
+        slots |= {"cb": side(relation(things[2], things[1]))}
+    return templates[phrasing % len(templates)].format(**slots)
+
+
+def vocabulary(shapes: Sequence[str], colours: Sequence[str]) -> list[str]:
+    """Every word that a caption can hold, with the comma, sorted."""
+    text = " ".join([*ONE, *TWO, *THREE])
+    for slot in ("a", "b", "c", "a1", "b1", "a2", "b2", "ab", "ba", "cb"):
+        text = text.replace("{" + slot + "}", " ")
+    words = set(text.replace(",", " , ").split()) | {"a", "an", "the"} | set(shapes) | set(colours)
+    for options in [*SAME_SIZE.values(), *SAME_SIDE.values(), INVERSE]:
+        words |= set(" ".join(options).split())
+    return sorted(words)

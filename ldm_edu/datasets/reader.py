@@ -1,0 +1,169 @@
+"""read_scene: what a ShapeScenes picture shows, recovered from the pixels alone.
+
+With it, whether a sample follows its caption is measured, not judged. A picture that is no clear scene (noise, blur,
+two scenes mixed) is refused: every object must have one of the eight colours, and its outline must agree with one of
+the eight shapes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor
+
+from ldm_edu.datasets.captions import SIZES, Thing, relation
+from ldm_edu.datasets.shapes import COLOUR_NAMES, PALETTE, RADII, SHAPE_NAMES
+from ldm_edu.datasets.signed_distance import UNIT_AREAS, UNIT_CENTRES, coverage
+from ldm_edu.runtime import batches
+
+FOREGROUND = 0.22  # least colourfulness (largest minus smallest channel, 0 to 1) of an object's pixels
+SPECK = 0.0045  # smaller patches, in shares of the picture, are ignored; too many of them make it no scene
+FARTHEST_COLOUR = 0.24  # from the palette, as a distance in RGB (0 to 1 each)
+LEAST_OVERLAP = 0.75  # of an outline with its best shape, as intersection over union
+SOFTEST_EDGE = 2.0 / 64  # an outline's width, in picture sides; a render of 64 pixels has 0.6 / 64, with sigma 1 blur 1.6
+
+
+class Reading(NamedTuple):
+    """The objects of a picture in no order, or why there is no reading (then `things` is empty)."""
+
+    things: tuple[Thing, ...]
+    refused: str = ""
+
+
+class _Patch(NamedTuple):
+    picture: int
+    colour: int
+    cover: np.ndarray  # (size, size) how much of each pixel it covers
+
+
+def read_scenes(images: Tensor) -> list[Reading]:
+    """Read pictures `(B, 3, S, S)` in [-1, 1]. See `Reading`."""
+    pixels = ((images.detach().float().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).cpu().numpy()
+    patches, refused = [], {}
+    for i, picture in enumerate(pixels):
+        try:
+            patches += _patches(i, picture)
+        except _Refused as reason:
+            refused[i] = str(reason)
+    things: dict[int, list[Thing]] = {}
+    for patch, thing in zip(patches, _match(patches, images.shape[-1]), strict=True):
+        if thing is None:
+            refused.setdefault(patch.picture, "an outline that is none of the shapes")
+        else:
+            things.setdefault(patch.picture, []).append(thing)
+    readings = []
+    for i in range(len(pixels)):
+        found = tuple(things.get(i, ()))
+        if i not in refused and not 1 <= len(found) <= 3:
+            refused[i] = f"{len(found)} objects"
+        readings.append(Reading((), refused[i]) if i in refused else Reading(found))
+    return readings
+
+
+def read_scene(image: Tensor) -> Reading:
+    """Read one picture `(3, S, S)` in [-1, 1]."""
+    return read_scenes(image[None])[0]
+
+
+def agrees(reading: Reading, wanted: tuple[Thing, ...]) -> bool:
+    """Whether a reading shows exactly these objects: shapes, colours, sizes, and the relation of each to the next."""
+    if len(reading.things) != len(wanted):
+        return False
+    found = {(t.shape, t.colour, t.size): t for t in reading.things}
+    try:
+        ordered = [found[t.shape, t.colour, t.size] for t in wanted]
+    except KeyError:
+        return False
+    if len({id(t) for t in ordered}) != len(wanted):
+        return False
+    pairs = list(zip(range(len(wanted)), range(1, len(wanted)), strict=False))
+    return all(relation(ordered[a], ordered[b]) == relation(wanted[a], wanted[b]) for a, b in pairs)
+
+
+class _Refused(Exception):
+    pass
+
+
+_COLOURS = np.array(list(PALETTE.values())) / 255
+
+
+def _patches(number: int, picture: np.ndarray) -> list[_Patch]:
+    """The colourful patches of a picture, each with its colour and a soft outline."""
+    size = len(picture)
+    colourful = picture.max(-1) - picture.min(-1)
+    labels, count = ndimage.label(colourful > FOREGROUND, structure=np.ones((3, 3)))
+    if count > 40:
+        raise _Refused("too many coloured specks")
+    areas = np.bincount(labels.ravel())[1:]
+    big = [k + 1 for k in np.flatnonzero(areas >= SPECK * size * size)]
+    if areas.sum() - areas[[k - 1 for k in big]].sum() > 0.01 * size * size:
+        raise _Refused("coloured specks")
+    return [_measure(number, picture, colourful, labels == k) for k in big]
+
+
+def _measure(number: int, picture: np.ndarray, colourful: np.ndarray, mask: np.ndarray) -> _Patch:
+    size = len(picture)
+    inner = ndimage.binary_erosion(mask)
+    core = picture[inner] if inner.sum() >= 6 else picture[mask]
+    mean = np.median(core, axis=0)
+    distances = np.linalg.norm(_COLOURS - mean, axis=1)
+    colour = int(distances.argmin())
+    if distances[colour] > FARTHEST_COLOUR:
+        raise _Refused("a colour that is none of the palette's")
+    # Along the line from the background's colour to the object's: 0 outside, 1 inside.
+    around = ndimage.binary_dilation(mask, iterations=max(3, size // 16))
+    near = ndimage.binary_dilation(mask, iterations=max(2, size // 32))
+    outside = picture[around & ~near & (colourful < FOREGROUND)]
+    background = np.median(outside, axis=0) if len(outside) else np.full(3, 0.5)
+    direction = mean - background
+    cover = (picture - background) @ direction / max(direction @ direction, 1e-6) * near
+    cover = np.clip((cover - 0.1) / 0.8, 0, 1).astype(np.float32)  # without the texture's faint traces
+    if cover.sum() < 4:
+        raise _Refused("a patch without an inside")
+    if _edge_width(cover) > SOFTEST_EDGE * max(size, 64):
+        raise _Refused("blurred outlines")
+    return _Patch(number, colour, cover)
+
+
+def _edge_width(cover: np.ndarray) -> float:
+    """How wide the outline of a patch is, in pixels: the area that is neither in nor out, over the outline's length."""
+    down, across = np.gradient(cover)
+    length = np.hypot(down, across).sum()  # the total variation of a mask is its perimeter
+    return float((4 * cover * (1 - cover)).sum() / max(length, 1e-6))
+
+
+def _match(patches: list[_Patch], size: int) -> list[Thing | None]:
+    """The shape whose outline fits each patch best, with its size and centre; None where none fits well."""
+    results: list[Thing | None] = []
+    kinds = len(SHAPE_NAMES)
+    places = (torch.arange(size) + 0.5) / size
+    for part in (patches[b] for b in batches(len(patches), 64)):
+        cover = torch.from_numpy(np.stack([p.cover for p in part]))
+        mass = cover.sum((1, 2))
+        middle = torch.stack([(cover.sum(1) * places).sum(1), (cover.sum(2) * places).sum(1)], 1) / mass[:, None]
+        # The radius and centre with which each shape would have this area and centre of mass: (patches, kinds).
+        radius = (mass[:, None] / size**2 / UNIT_AREAS).sqrt()
+        centre = middle[:, None] - UNIT_CENTRES * radius[..., None]
+        overlap = _overlap(cover, centre, radius, size)
+        scores, shapes = overlap.max(1)
+        for i, (score, shape) in enumerate(zip(scores.tolist(), shapes.tolist(), strict=True)):
+            r = radius[i, shape].item()
+            if score < LEAST_OVERLAP or not RADII[0] * 0.75 < r < RADII[1] * 1.25:
+                results.append(None)
+                continue
+            x, y = centre[i, shape].tolist()
+            big = r > (RADII[0] * RADII[1]) ** 0.5
+            results.append(Thing(SHAPE_NAMES[shape], COLOUR_NAMES[part[i].colour], SIZES[big], x, y))
+    return results
+
+
+def _overlap(cover: Tensor, centre: Tensor, radius: Tensor, size: int) -> Tensor:
+    """Intersection over union of each patch (N, size, size) with each shape drawn in its place: (N, kinds)."""
+    n, kinds = radius.shape
+    shape = torch.arange(kinds).repeat(n)
+    drawn = coverage(shape, *centre.flatten(0, 1).unbind(1), radius.flatten(), size).view(n, kinds, size, size)
+    both = torch.minimum(cover[:, None], drawn).sum((2, 3))
+    return both / (cover.sum((1, 2))[:, None] + drawn.sum((2, 3)) - both)

@@ -1,0 +1,31 @@
+"""Classifier-free guidance (Ho and Salimans 2022; section 4.3 of the paper)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def guided(
+    predict: Callable[[Tensor, Tensor, Tensor], Tensor], context: Tensor, null_context: Tensor, scale: float
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """A denoiser that answers e_u + s (e_c - e_u): away from the prediction without the condition.
+
+    Both predictions are made in one batch. At scale 1 the second one is not needed, and not made.
+
+    Args:
+        predict: the network, `(z, t, context) -> prediction`.
+        context, null_context: `(B, M, d)`, with the condition and without.
+        scale: s; 1 is no guidance.
+    """
+    if scale == 1:
+        return lambda z, t: predict(z, t, context)
+    both = torch.cat([null_context, context])
+
+    def denoise(z: Tensor, t: Tensor) -> Tensor:
+        without, with_condition = predict(torch.cat([z, z]), torch.cat([t, t]), both).chunk(2)
+        return without + scale * (with_condition - without)
+
+    return denoise

@@ -1,0 +1,67 @@
+"""The noise schedule: how much of the latent is left at each timestep (section 3.2, appendix B)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ldm_edu.runtime import UserError
+
+
+def linear(T: int, start: float, end: float) -> Tensor:
+    """β linear in t (DDPM)."""
+    return torch.linspace(start, end, T, dtype=torch.float64)
+
+
+def sqrt_linear(T: int, start: float, end: float) -> Tensor:
+    """√β linear in t: what the released code of latent diffusion calls "linear", and diffusers "scaled_linear"."""
+    return torch.linspace(start**0.5, end**0.5, T, dtype=torch.float64) ** 2
+
+
+def cosine(T: int, start: float = 0.0, end: float = 0.999) -> Tensor:
+    """ᾱ a squared cosine (Nichol and Dhariwal 2021, equation 17), each β at most `end`; `start` is not used."""
+    level = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
+    return (1 - level[1:] / level[:-1]).clamp(max=end)
+
+
+SCHEDULES = {"linear": linear, "sqrt_linear": sqrt_linear, "cosine": cosine}
+
+
+class Schedule:
+    """β_t, and ᾱ_t = Π (1 - β_s) up to t, for t = 0 .. T-1: t = 0 is the cleanest (the paper's t = 1).
+
+    Computed in double precision, on the CPU. `alphas_cumprod` (T,) falls as t rises.
+
+    Args:
+        kind: "linear", "sqrt_linear" (the paper's models) or "cosine".
+        T: number of timesteps.
+        start, end: the first and the last β ("cosine": the largest β).
+
+    Raises:
+        UserError: an unknown kind, or values that are no schedule.
+    """
+
+    def __init__(self, kind: str = "sqrt_linear", T: int = 1000, start: float = 0.00085, end: float = 0.012) -> None:
+        if kind not in SCHEDULES:
+            raise UserError(f"There is no schedule {kind!r}; there are {', '.join(SCHEDULES)}.")
+        if T < 1 or not 0 <= start <= end < 1:
+            raise UserError(f"A schedule needs T ≥ 1 and 0 ≤ start ≤ end < 1, not T={T}, start={start}, end={end}.")
+        self.kind, self.T, self.start, self.end = kind, T, start, end
+        self.betas = SCHEDULES[kind](T, start, end)
+        self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)
+
+    def config(self) -> dict[str, str | int | float]:
+        """The arguments that make this schedule again."""
+        return {"kind": self.kind, "T": self.T, "start": self.start, "end": self.end}
+
+    def add_noise(self, z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """A sample of q(z_t | z_0) = N(√ᾱ_t z_0, (1 - ᾱ_t) I), from its noise; `t` (B,) integers."""
+        signal = self.at(t, z0)
+        return signal.sqrt() * z0 + (1 - signal).sqrt() * noise
+
+    def at(self, t: Tensor, like: Tensor) -> Tensor:
+        """ᾱ_t for each picture of a batch, shaped to multiply `like`."""
+        level = self.alphas_cumprod[t.cpu()].to(like.device, like.dtype)
+        return level.view(-1, *[1] * (like.ndim - 1))

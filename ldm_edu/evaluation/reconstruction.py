@@ -1,0 +1,163 @@
+"""How well a first stage gives a picture back: PSNR and SSIM beside a bicubic copy of the same size.
+
+Both are taken on RGB rounded to 8 bits, picture by picture, and averaged over the pictures. Table 8 of the
+paper reports both for its first stages; here a picture keeps its size, and a bicubic copy is the yardstick.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ldm_edu.datasets.images import read_image, resize, to_uint8, write_png
+from ldm_edu.runtime import UserError, progress
+
+EQUAL_PSNR = 100.0  # dB; the PSNR of equal pictures is infinite, and so would be the mean with one of them
+MAX_MEGAPIXELS = 4  # of a file to reconstruct: a first stage needs about 2 GB and a minute a megapixel
+SSIM_LEAST = 6  # pixels; the 11-pixel window reflects 5 of them at an edge
+
+
+class FirstStage(Protocol):
+    """What is needed of an autoencoder: `encode` shrinks each side by `f`, `decode` restores it."""
+
+    f: int
+
+    def encode(self, images: Tensor) -> Tensor: ...
+
+    def decode(self, latent: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Score:
+    """PSNR (dB) and SSIM of one reconstruction, and the PSNR of the bicubic copy."""
+
+    psnr: float
+    ssim: float
+    bicubic_psnr: float
+
+
+def pad_to_multiple(images: Tensor, f: int) -> tuple[Tensor, tuple[slice, slice]]:
+    """`(..., H, W)` continued by reflection, right and below, to multiples of `f`; and the crop undoing it.
+
+    >>> padded, crop = pad_to_multiple(images, 4)
+    >>> torch.equal(padded[..., *crop], images)
+    True
+
+    Reflects as often as needed, so a picture may be smaller than `f` (where `F.pad` gives up).
+    """
+    height, width = images.shape[-2:]
+    rows, columns = _reflected(height, f).to(images.device), _reflected(width, f).to(images.device)
+    return images[..., rows, :][..., columns], (slice(0, height), slice(0, width))
+
+
+def _reflected(length: int, f: int) -> Tensor:
+    """0, 1, .., n-1, n-2, .., 1, 0, 1, ..: which pixel stands at each place of the padded side."""
+    period = max(2 * (length - 1), 1)
+    place = torch.arange(-(-length // f) * f) % period
+    return torch.minimum(place, period - place)
+
+
+@torch.no_grad()
+def reconstruct(first_stage: FirstStage, images: Tensor) -> Tensor:
+    """Encode and decode images `(B, 3, H, W)`, or one `(3, H, W)`, of any size; same shape, in [-1, 1]."""
+    batch = images if images.ndim == 4 else images[None]
+    padded, crop = pad_to_multiple(batch, first_stage.f)
+    restored = first_stage.decode(first_stage.encode(padded))[..., *crop].clamp(-1, 1)
+    return restored if images.ndim == 4 else restored[0]
+
+
+def bicubic_copy(images: Tensor, f: int) -> Tensor:
+    """Images shrunk by `f` and enlarged again, bicubic and antialiased: what a first stage has to beat."""
+    padded, crop = pad_to_multiple(images, f)
+    height, width = padded.shape[-2:]
+    return resize(resize(padded, height // f, width // f), height, width)[..., *crop]
+
+
+def psnr(restored: Tensor, original: Tensor) -> float:
+    """Peak signal-to-noise ratio of two images `(3, H, W)`, in dB, at 8 bits; at most `EQUAL_PSNR`."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio  # takes seconds to import
+
+    value = peak_signal_noise_ratio(_levels(restored), _levels(original), data_range=255.0)
+    return min(float(value), EQUAL_PSNR)
+
+
+def ssim(restored: Tensor, original: Tensor) -> float:
+    """Structural similarity of two images `(3, H, W)` at 8 bits, mean over channels and places; at most 1.
+
+    Wang et al. (2004), Gaussian window of 11 pixels, sigma 1.5; at its edges the picture is reflected.
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    pair = [_levels(image) for image in (restored, original)]
+    if min(original.shape[-2:]) < SSIM_LEAST:
+        pair = [pad_to_multiple(levels, SSIM_LEAST)[0] for levels in pair]
+    return float(structural_similarity_index_measure(*pair, data_range=255.0))
+
+
+def _levels(image: Tensor) -> Tensor:
+    """Float64 `(1, 3, H, W)`, the values 0, 1, .., 255 that an 8-bit file would hold."""
+    return (
+        torch.from_numpy(to_uint8(image[None])).permute(0, 3, 1, 2).double()
+    )  # SSIM subtracts large squares
+
+
+def score(restored: Tensor, image: Tensor, f: int) -> Score:
+    """Compare an image `(3, H, W)` with its reconstruction by a first stage of factor `f`."""
+    return Score(psnr(restored, image), ssim(restored, image), psnr(bicubic_copy(image, f), image))
+
+
+def score_files(
+    first_stage: FirstStage,
+    paths: Sequence[Path],
+    targets: Mapping[Path, Path] | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[Path, Score]:
+    """Reconstruct picture files and score them; write those that have a target there, as PNG.
+
+    `device` is where the first stage is. A target's folder is made where only it is missing. Of several pictures, what cannot be read or is larger
+    than `MAX_MEGAPIXELS` is skipped and named in a warning.
+
+    Raises:
+        UserError: the only picture cannot be read, or a result cannot be written.
+    """
+    scores = {}
+    for path in progress(paths, desc="reconstructing"):
+        try:
+            image = read_image(path, MAX_MEGAPIXELS)
+        except UserError as error:
+            if len(paths) == 1:
+                raise
+            warnings.warn(f"Skipped: {error}", stacklevel=2)
+            continue
+        restored = reconstruct(first_stage, image.to(device)).cpu()
+        scores[path] = score(restored, image, first_stage.f)
+        if targets and path in targets:
+            if targets[path].parent.parent.is_dir():
+                targets[path].parent.mkdir(exist_ok=True)
+            write_png(targets[path], restored)
+    return scores
+
+
+def mean_scores(scores: Sequence[Score]) -> dict[str, float | int]:
+    """`{"psnr", "ssim", "bicubic_psnr", "images"}`: means over pictures, and how many there were.
+
+    Raises:
+        UserError: there were none.
+    """
+    if not scores:
+        raise UserError("There is no picture to score.")
+    means = {name: fmean(getattr(one, name) for one in scores) for name in ("psnr", "ssim", "bicubic_psnr")}
+    return {**means, "images": len(scores)}
+
+
+def reconstruction_scores(first_stage: FirstStage, images: Iterable[Tensor]) -> dict[str, float | int]:
+    """Mean PSNR, SSIM and bicubic PSNR of images `(3, H, W)`, each of its own size; see `mean_scores`."""
+    bar = progress(images, desc="reconstructing")
+    return mean_scores([score(reconstruct(first_stage, image), image, first_stage.f) for image in bar])

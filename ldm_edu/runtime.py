@@ -1,0 +1,114 @@
+"""Where and how the code runs: device, precision, randomness, the budget of a training cell, progress bars."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+class UserError(ValueError):
+    """An error meant for a person: what was wrong, with the value, and what to do.
+
+    The command line prints it without a traceback and exits with status 1.
+    """
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device to run on: `name`, else `$LDM_EDU_DEVICE`, else cuda, mps or cpu, the first there is.
+
+    Raises:
+        UserError: the device asked for is unknown or not on this machine.
+    """
+    name = name or os.environ.get("LDM_EDU_DEVICE")
+    if not name:
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return torch.device(accelerator.type if accelerator else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"Cannot use the device {name!r}: {reason}. Try 'cpu'.") from error
+    return device
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is worth using: GPUs from Ampere on, and CPUs with matrix units (AMX)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+
+
+def budget(check: int, cpu: int, gpu: int) -> int:
+    """How long a training cell runs, in steps: by device, or as `$LDM_EDU_BUDGET` (check, cpu or gpu) says.
+
+    >>> steps = budget(check=30, cpu=400, gpu=5_000)
+    """
+    wish = os.environ.get("LDM_EDU_BUDGET") or ("cpu" if pick_device().type == "cpu" else "gpu")
+    steps = {"check": check, "cpu": cpu, "gpu": gpu}
+    if wish not in steps:
+        raise UserError(f"LDM_EDU_BUDGET is {wish!r}; it can be check, cpu or gpu.")
+    return steps[wish]
+
+
+def noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
+    """Standard normal noise `(len(seeds), *shape)` on the CPU, picture i from its own seed.
+
+    So a picture depends on its seed alone: not on the batch it is drawn in, nor on the device.
+    """
+    return PictureNoise(seeds)(shape)
+
+
+class PictureNoise:
+    """Draws noise for a batch, picture i from its own seed; each call goes on where the last one stopped."""
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, shape_of_one: Sequence[int]) -> Tensor:
+        """Standard normal noise `(number of seeds, *shape_of_one)`, on the CPU."""
+        return torch.stack([torch.randn(*shape_of_one, generator=g) for g in self.generators])
+
+
+def autocast(device: torch.device, precision: str = "auto") -> AbstractContextManager:
+    """The context in which a network runs: "float32", "bfloat16", or "auto" (bfloat16 on a GPU that has it)."""
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"The precision is auto, float32 or bfloat16, not {precision!r}.")
+    fast = precision == "bfloat16" or (precision == "auto" and device.type == "cuda" and has_fast_bfloat16(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+
+
+def data_folder() -> Path:
+    """Where data sets lie: `$LDM_EDU_DATA`, by default the repository's `data/`."""
+    return Path(os.environ.get("LDM_EDU_DATA") or REPOSITORY / "data").expanduser()
+
+
+def in_notebook() -> bool:
+    """Whether this is a Jupyter kernel."""
+    return "ipykernel" in sys.modules
+
+
+def progress(iterable: Iterable | None = None, total: int | None = None, desc: str = "") -> tqdm:
+    """A progress bar: on stderr in a terminal; in a notebook on stdout, as text without times.
+
+    (A bar on stderr shows red in a notebook, and its times would differ at every run.)
+    """
+    if in_notebook():
+        style = dict(file=sys.stdout, bar_format="{desc}: {bar:30} {n_fmt}/{total_fmt}", ascii=" #", mininterval=0.5)
+    else:
+        style = dict(file=sys.stderr)
+    return tqdm(iterable, total=total, desc=desc, **style)
+
+
+def batches(count: int, size: int) -> Iterator[slice]:
+    """Slices that cut `range(count)` into pieces of at most `size`."""
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))

@@ -1,0 +1,48 @@
+"""Model cards: what a checkpoint is, how it was made, on what, and how long that took."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ldm_edu.training.settings import Settings
+from ldm_edu.training.state import History
+
+
+def hardware() -> str:
+    """The processor or GPU, and how much of it."""
+    if torch.cuda.is_available():
+        return f"1 × {torch.cuda.get_device_name()}"
+    names = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    model = next((line.split(":")[1].strip() for line in names.splitlines() if "model name" in line), platform.processor())
+    return f"{torch.get_num_threads()} thread(s) of {model}"
+
+
+def model_card(name: str, about: str, settings: Settings, history: History, model: nn.Module) -> str:
+    """The README.md of a checkpoint, in Markdown."""
+    parameters = sum(p.numel() for p in model.parameters())
+    last = history.rows[-1] if history.rows else {}
+    rows = "\n".join(f"| {k} | {v} |" for k, v in asdict(settings).items())
+    readings = "\n".join(f"| {k} | {v} |" for k, v in last.items())
+    return f"""# {name}
+
+{about}
+
+- Parameters: {parameters:,}, stored in half precision; the averaged (EMA) weights.
+- Command: `ldm-edu train {name}`
+- Trained in {history.seconds / 60:.1f} minutes on {hardware()}, precision {history.precision}, torch {torch.__version__}.
+
+| setting | value |
+|---|---|
+{rows}
+
+Means over the last logged steps (training pictures; every row is in `history.csv`):
+
+| reading | value |
+|---|---|
+{readings}
+"""

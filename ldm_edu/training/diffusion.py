@@ -1,0 +1,132 @@
+"""Stage two: train a UNet and its τθ on latents that were computed once, and write the checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ldm_edu.autoencoder import AutoencoderKL
+from ldm_edu.diffusion import training_target
+from ldm_edu.pipeline import LatentDiffusion
+from ldm_edu.runtime import autocast, batches, has_fast_bfloat16, pick_device, progress
+from ldm_edu.training.card import model_card
+from ldm_edu.training.fit import OnStep, fit
+from ldm_edu.training.settings import Settings
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class DiffusionSettings(Settings):
+    """Settings of a latent diffusion model.
+
+    Args:
+        pictures: how many are encoded; the training draws from these.
+        prediction: what the UNet predicts: "eps" (the paper), "x0" or "v".
+        condition_dropout: how often the condition is replaced by the empty one, for classifier-free guidance.
+    """
+
+    pictures: int = 100_000
+    prediction: str = "eps"
+    condition_dropout: float = 0.1
+
+
+class DiffusionObjective(nn.Module):
+    """Equation 3: the mean square of ε - εθ(z_t, t, τθ(y)), over timesteps and noise drawn for each picture."""
+
+    def __init__(self, model: LatentDiffusion, condition_dropout: float) -> None:
+        super().__init__()
+        self.unet, self.conditioner = model.unet, model.conditioner
+        self.schedule, self.prediction = model.schedule, model.prediction
+        self.condition_dropout = condition_dropout
+        self.register_buffer("empty", self.conditioner.tokenize([""]), persistent=False)
+
+    def forward(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scaled latents `(B, c, h, w)` and tokens `(B, length)` to the loss."""
+        z0, tokens = batch
+        t = torch.randint(self.schedule.T, (len(z0),), generator=generator)
+        noise = torch.randn(z0.shape, generator=generator).to(z0.device)
+        # Condition dropout (Ho and Salimans 2022): the same network learns to predict without a condition.
+        dropped = torch.rand(len(z0), 1, generator=generator) < self.condition_dropout
+        tokens = torch.where(dropped.to(z0.device), self.empty, tokens)
+        target = training_target(self.prediction, z0, noise, self.schedule.at(t, z0))
+        output = self.unet(self.schedule.add_noise(z0, noise, t), t.to(z0.device), self.conditioner(tokens))
+        each = F.mse_loss(output.float(), target, reduction="none").mean(dim=(1, 2, 3))
+        noisy = (t >= self.schedule.T // 2).to(each.device)
+        return each.mean(), {"loss_noisier_half": 2 * (each * noisy).detach().mean()}
+
+
+@torch.no_grad()
+def encode_all(
+    first_stage: AutoencoderKL, get_images: Callable[[Tensor], Tensor], count: int, cache: Path | None
+) -> tuple[Tensor, Tensor]:
+    """Posterior means and standard deviations of all pictures, `(count, c, h, w)` in half precision, computed once.
+
+    Args:
+        get_images: indices to pictures.
+        cache: a safetensors file to read them from, or to write them to.
+    """
+    if cache and cache.is_file():
+        stored = load_file(cache)
+        return stored["mean"], stored["std"]
+    device = pick_device()
+    first_stage = first_stage.to(device)
+    precision = "bfloat16" if has_fast_bfloat16(device) else "float32"
+    means, stds = [], []
+    for part in progress(list(batches(count, 256)), desc="encoding"):
+        with autocast(device, precision):
+            posterior = first_stage.posterior(get_images(torch.arange(part.start, part.stop)).to(device))
+        means.append(posterior.mean.half().cpu())
+        stds.append((0.5 * posterior.logvar).exp().half().cpu())
+    mean, std = torch.cat(means), torch.cat(stds)
+    if cache:
+        cache.parent.mkdir(exist_ok=True)
+        new = cache.with_suffix(".tmp")
+        save_file({"mean": mean, "std": std}, new)
+        os.replace(new, cache)
+    return mean, std
+
+
+def train_diffusion(
+    name: str,
+    model: LatentDiffusion,
+    settings: DiffusionSettings,
+    get_images: Callable[[Tensor], Tensor],
+    captions: list[str],
+    about: str,
+    out: Path | None,
+    resume: bool = False,
+    on_step: OnStep | None = None,
+) -> LatentDiffusion:
+    """Compute the latents and their scale, train the UNet with τθ, and write `out/checkpoint`.
+
+    Args:
+        get_images: indices to pictures `(B, 3, H, W)`; `captions` has one for each.
+    """
+    device = pick_device()
+    cache = out.with_name(out.name + ".latents.safetensors") if out else None
+    mean, std = (t.to(device) for t in encode_all(model.first_stage, get_images, settings.pictures, cache))
+    # Equation of section 4.3.2 and appendix D: one scalar brings the latent to unit standard deviation.
+    model.latent_scale = round(1 / mean[:4096].float().std().item(), 6)
+    model.latent_size = mean.shape[-1]
+    tokens = model.conditioner.tokenize(captions).to(device)
+
+    def get_batch(generator: torch.Generator) -> Batch:
+        chosen = torch.randint(len(mean), (settings.batch_size,), generator=generator).to(device)
+        noise = torch.randn(len(chosen), *mean.shape[1:], generator=generator).to(device)
+        return (mean[chosen].float() + std[chosen].float() * noise) * model.latent_scale, tokens[chosen]
+
+    objective = DiffusionObjective(model, settings.condition_dropout)
+    history = fit(objective, get_batch, settings, out, resume, on_step, desc=name)
+    if out:
+        trained = nn.ModuleList([model.unet, model.conditioner])
+        card = model_card(name, about, settings, history, trained)
+        model.save(out / "checkpoint", card, history.text(), embed_first_stage=False)
+    return model.eval()

@@ -1,0 +1,164 @@
+"""The training loop: one for everything, from (objective, batches) to averaged weights.
+
+An objective is a module `forward(batch, generator) -> (loss, readings)`. Devices, precision and processes are
+accelerate's business; saving is ours, because accelerate's is a pickle.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+from ldm_edu.runtime import UserError, has_fast_bfloat16, pick_device, progress
+from ldm_edu.training.settings import Settings
+from ldm_edu.training.state import History, load_state, save_state
+
+GetBatch = Callable[[torch.Generator], Any]
+OnStep = Callable[[int, dict[str, float]], None]
+
+
+def step_generator(seed: int, step: int, process: int = 0) -> torch.Generator:
+    """The generator of one step: what a step draws depends on nothing that came before it."""
+    return torch.Generator().manual_seed((seed * 1009 + process) * 2**40 + step)
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """Linear warm-up, then half a cosine to zero at the last step."""
+    if step < settings.warmup:
+        return settings.learning_rate * (step + 1) / settings.warmup
+    done = (step - settings.warmup) / max(settings.steps - settings.warmup, 1)
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@torch.no_grad()
+def update_ema(ema: list[Tensor], weights: list[Tensor], decay: float, step: int) -> None:
+    """ema ← d · ema + (1 - d) · weights, with d = min(decay, (1 + n) / (10 + n)): a warm-up, as in the released code."""
+    d = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(ema, weights, 1 - d)
+
+
+def fit(
+    objective: nn.Module,
+    get_batch: GetBatch,
+    settings: Settings,
+    out: Path | None = None,
+    resume: bool = False,
+    on_step: OnStep | None = None,
+    desc: str = "training",
+) -> History:
+    """Train `objective`'s weights in place; at the end they are the averaged ones.
+
+    Args:
+        get_batch: a batch on the training device, drawn with the generator that it is given.
+        out: where to save states and `history.csv`; None to save nothing.
+        resume: go on from the newest state in `out`. On a CPU, bit for bit as if the run had never stopped.
+        on_step: called every `log_every` steps with the step and the mean readings since the last call.
+
+    Returns:
+        The history.
+
+    Raises:
+        UserError: the loss is no longer finite, or `out` holds a run and `resume` is not set.
+    """
+    device = pick_device()
+    accelerator = _accelerator(settings, device)
+    if out is not None:
+        _prepare_folder(out, resume)
+    if device.type == "cuda":
+        objective = objective.to(memory_format=torch.channels_last)
+    weights = [p for p in objective.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        weights,
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        weight_decay=settings.weight_decay,
+        fused=device.type in ("cuda", "cpu"),
+    )
+    prepared, optimizer = accelerator.prepare(objective.to(device).train(), optimizer)
+    weights = [p for p in objective.parameters() if p.requires_grad]
+    ema = [w.detach().clone() for w in weights]
+    saved = load_state(out, objective, ema, optimizer, settings) if out and resume else None
+    start, seconds = (saved["step"], saved["seconds"]) if saved else (0, 0.0)
+    main = accelerator.is_main_process
+    history = History(out / "history.csv" if out and main else None, keep_to=start)
+
+    began, sums, tracker = time.monotonic(), {}, _tensorboard(out)
+    bar = progress(total=settings.steps, desc=desc)
+    bar.update(start)
+    for step in range(start, settings.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(settings, step)
+        generator = step_generator(settings.seed, step, accelerator.process_index)
+        loss, readings = prepared(get_batch(generator), generator)
+        accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(weights, settings.gradient_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        update_ema(ema, weights, settings.ema_decay, step)
+        for name, value in {"loss": loss.detach(), "gradient_norm": norm, **readings}.items():
+            sums[name] = sums.get(name, 0) + value
+        bar.update()
+        done = step + 1
+        if done % settings.log_every == 0 or done == settings.steps:
+            count = (done - 1) % settings.log_every + 1
+            means = {name: float(total) / count for name, total in sums.items()}
+            sums = {}
+            if not math.isfinite(means["loss"]):
+                raise UserError(
+                    f"The loss is {means['loss']} at step {done}: training has diverged. The last saved state is whole. "
+                    "Try a lower learning_rate, or precision=no."
+                )
+            history.add(done, means)
+            bar.set_postfix_str(f"loss {means['loss']:.4f}")
+            if tracker and main:
+                for name, value in means.items():
+                    tracker.add_scalar(name, value, done)
+            if on_step:
+                on_step(done, means)
+        if out and main and (done % settings.save_every == 0 or done == settings.steps):
+            scalars = {"settings": asdict(settings), "seconds": seconds + time.monotonic() - began}
+            save_state(out, done, objective, ema, optimizer, scalars)
+    bar.close()
+    with torch.no_grad():
+        for weight, average in zip(weights, ema, strict=True):
+            weight.copy_(average)
+    history.seconds = seconds + time.monotonic() - began
+    history.precision = accelerator.mixed_precision
+    return history
+
+
+def _accelerator(settings: Settings, device: torch.device) -> Accelerator:
+    AcceleratorState._reset_state()  # another run of this process may have had another precision
+    precision = settings.precision
+    if precision == "auto":
+        precision = "bf16" if has_fast_bfloat16(device) else "no"
+    return Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
+
+
+def _prepare_folder(out: Path, resume: bool) -> None:
+    if not out.parent.is_dir():
+        raise UserError(f"Cannot save to {out}: the folder {out.parent} does not exist. Create it first.")
+    if out.exists() and any(out.iterdir()) and not resume:
+        raise UserError(f"The folder {out} is not empty. Go on with --resume, or choose another --out.")
+    out.mkdir(exist_ok=True)
+
+
+def _tensorboard(out: Path | None) -> Any:
+    """A TensorBoard writer if TensorBoard is installed and asked for by $LDM_EDU_TENSORBOARD=1."""
+    if out is None or not os.environ.get("LDM_EDU_TENSORBOARD"):
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(out / "tensorboard"))

@@ -1,0 +1,72 @@
+"""The numbers that a training run is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
+
+from ldm_edu.runtime import UserError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every training has. A recipe adds its own.
+
+    Args:
+        steps: optimiser steps.
+        batch_size: pictures a step, in each process.
+        learning_rate: the highest one, reached after `warmup` steps; then a cosine down to zero.
+        weight_decay, beta1, beta2: of AdamW.
+        gradient_clip: the largest norm of the gradient.
+        ema_decay: of the averaged weights, which are the ones kept.
+        precision: "bf16", "no" (float32), or "auto": bf16 where the device is fast in it.
+        seed: of the first weights and of every draw.
+        log_every, save_every: in steps; the second a multiple of the first.
+    """
+
+    steps: int = 1000
+    batch_size: int = 64
+    learning_rate: float = 1e-4
+    warmup: int = 100
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.99
+    gradient_clip: float = 1.0
+    ema_decay: float = 0.999
+    precision: str = "auto"
+    seed: int = 0
+    log_every: int = 50
+    save_every: int = 500
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"The setting {name} must be at least 1; it is {getattr(self, name)}.")
+        if not 0 < self.learning_rate < 1:
+            raise UserError(f"The setting learning_rate must lie between 0 and 1; it is {self.learning_rate}.")
+        if self.save_every % self.log_every:
+            raise UserError(f"save_every ({self.save_every}) must be a multiple of log_every ({self.log_every}).")
+        if self.precision not in ("auto", "bf16", "no"):
+            raise UserError(f"The setting precision is auto, bf16 or no; it is {self.precision!r}.")
+
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+def override(settings: AnySettings, changes: Mapping[str, str]) -> AnySettings:
+    """The settings with some of them replaced, given as text (`--set key=value`).
+
+    Raises:
+        UserError: an unknown setting, with the known ones, or a value of the wrong type.
+    """
+    kinds = {f.name: type(getattr(settings, f.name)) for f in fields(settings)}
+    values = {}
+    for key, text in changes.items():
+        if key not in kinds:
+            raise UserError(f"There is no setting {key!r}; there are {', '.join(kinds)}.")
+        try:
+            values[key] = kinds[key](text)
+        except ValueError as error:
+            raise UserError(f"The setting {key} is a {kinds[key].__name__}; {text!r} is not.") from error
+    return replace(settings, **values)

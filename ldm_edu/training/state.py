@@ -1,0 +1,108 @@
+"""Saving a training run and taking it up again: after a kill at any moment at most the last steps are lost."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from ldm_edu.checkpoint import write_folder
+from ldm_edu.runtime import UserError
+from ldm_edu.training.settings import Settings
+
+
+def save_state(
+    out: Path, step: int, model: nn.Module, ema: list[Tensor], optimizer: torch.optim.Optimizer, scalars: dict[str, Any]
+) -> None:
+    """Write `out/step-N/` whole: weights, averaged weights and optimiser as tensors, the rest as JSON. Older ones go.
+
+    Random numbers need no state: each step draws from a generator seeded by (seed, step).
+    """
+    tensors = {f"model.{n}": t for n, t in model.state_dict().items()}
+    tensors |= {f"ema.{i}": t for i, t in enumerate(ema)}
+    for i, values in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{name}": t for name, t in values.items()}
+    # A copy of each: safetensors refuses tensors that share memory.
+    data = save({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()})
+    scalars = {"step": step, **scalars}
+    write_folder(out / f"step-{step:07d}", {"state.safetensors": data, "state.json": json.dumps(scalars).encode()})
+    for folder in saved_steps(out)[:-1]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def saved_steps(out: Path) -> list[Path]:
+    """The whole saved states in a run's folder, oldest first."""
+    return sorted(p for p in out.glob("step-*") if re.fullmatch(r"step-\d{7}", p.name) and (p / "state.json").is_file())
+
+
+def load_state(
+    out: Path, model: nn.Module, ema: list[Tensor], optimizer: torch.optim.Optimizer, settings: Settings
+) -> dict[str, Any] | None:
+    """Take up the newest saved state; None where there is none yet.
+
+    Raises:
+        UserError: it was made with other settings.
+    """
+    folders = saved_steps(out)
+    if not folders:
+        return None
+    scalars = json.loads((folders[-1] / "state.json").read_text())
+    own = json.loads(json.dumps(asdict(settings)))
+    if scalars["settings"] != own:
+        changed = [k for k in own if scalars["settings"].get(k) != own[k]]
+        raise UserError(
+            f"The run in {out} was started with other settings ({', '.join(changed)}); resume it with the same ones, "
+            "or choose another --out."
+        )
+    tensors = load_file(folders[-1] / "state.safetensors")
+    model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
+    for i, average in enumerate(ema):
+        average.copy_(tensors[f"ema.{i}"])
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, i, key = name.split(".", 2)
+            state.setdefault(int(i), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return scalars
+
+
+class History:
+    """`history.csv`: the readings, a row every `log_every` steps; cut back to the state that a resumed run starts from."""
+
+    def __init__(self, path: Path | None, keep_to: int = 0) -> None:
+        self.path = path
+        self.rows: list[dict[str, str]] = []
+        if path and path.is_file() and keep_to:
+            with open(path, newline="") as file:
+                self.rows = [row for row in csv.DictReader(file) if (row["step"] or "").isdigit() and int(row["step"]) <= keep_to]
+        self._write_all()
+
+    def add(self, step: int, readings: dict[str, float]) -> None:
+        """Append one row, and write it out."""
+        row = {"step": str(step)} | {k: f"{v:.6g}" for k, v in readings.items()}
+        self.rows.append(row)
+        if self.path and len(self.rows) == 1:
+            self._write_all()
+        elif self.path:
+            with open(self.path, "a", newline="") as file:
+                csv.DictWriter(file, row, lineterminator="\n").writerow(row)
+
+    def text(self) -> str:
+        """The whole file."""
+        lines = [",".join(self.rows[0])] if self.rows else []
+        return "\n".join(lines + [",".join(row.values()) for row in self.rows]) + "\n"
+
+    def _write_all(self) -> None:
+        if self.path:
+            new = self.path.with_suffix(".tmp")
+            new.write_text(self.text() if self.rows else "")
+            new.replace(self.path)

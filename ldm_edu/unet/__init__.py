@@ -1,0 +1,6 @@
+"""Sections 3.2 and 3.3: the time-conditional UNet with cross-attention."""
+
+from ldm_edu.unet.transformer import SpatialTransformer, TransformerBlock
+from ldm_edu.unet.unet import TimeEmbedding, UNet, UNetConfig, timestep_embedding
+
+__all__ = ["SpatialTransformer", "TimeEmbedding", "TransformerBlock", "UNet", "UNetConfig", "timestep_embedding"]

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ldm_edu.runtime import REPOSITORY, UserError
 
 FORMAT = 1
+FILES = ("config.json", "model.safetensors", "README.md", "history.csv")
 HOME = REPOSITORY / "data" / "checkpoints"
 Config = TypeVar("Config")
 
@@ -34,7 +35,8 @@ class CheckpointError(UserError):
 
 def names() -> list[str]:
     """The committed checkpoints."""
-    return sorted(p.parent.name for p in HOME.glob("*/config.json"))
+    folders = (p.parent for p in HOME.glob("*/config.json"))
+    return sorted(f.name for f in folders if f.suffix not in (".tmp", ".old"))  # those of a writing that was killed
 
 
 def find(name: str | Path) -> Path:
@@ -48,11 +50,14 @@ def find(name: str | Path) -> Path:
     if str(name).startswith("hub:"):
         return _fetch(str(name).removeprefix("hub:"))
     for folder in (Path(name).expanduser(), HOME / str(name)):
-        if (folder / "config.json").is_file():
-            return folder
+        for place in (folder, _beside(folder, "old")):  # the second where write_folder was killed between its renames
+            if (place / "config.json").is_file():
+                return place
     if Path(name).is_dir():
         raise CheckpointError(f"The folder {name} holds no config.json, so it is no checkpoint.")
-    raise CheckpointError(f"There is no checkpoint {str(name)!r}. Committed ones: {', '.join(names()) or 'none'}.")
+    raise CheckpointError(
+        f"There is no checkpoint {str(name)!r}. Committed ones: {', '.join(names()) or 'none'}."
+    )
 
 
 def find_by_fingerprint(sha256: str) -> Path:
@@ -62,9 +67,12 @@ def find_by_fingerprint(sha256: str) -> Path:
         CheckpointError: none has.
     """
     for name in names():
-        if json.loads((HOME / name / "config.json").read_text()).get("sha256") == sha256:
-            return HOME / name
-    raise CheckpointError(f"No committed checkpoint has the weights {sha256[:12]}…, which this model's first stage needs.")
+        with settings_of(HOME / name):
+            if json.loads((HOME / name / "config.json").read_text()).get("sha256") == sha256:
+                return HOME / name
+    raise CheckpointError(
+        f"No committed checkpoint has the weights {sha256[:12]}…, which this model's first stage needs."
+    )
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -73,7 +81,10 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {n: (t.half() if t.is_floating_point() else t).detach().cpu().contiguous() for n, t in sorted(tensors.items())}
+    return {
+        n: (t.half() if t.is_floating_point() else t).detach().cpu().contiguous()
+        for n, t in sorted(tensors.items())
+    }
 
 
 @contextmanager
@@ -81,9 +92,9 @@ def settings_of(folder: Path) -> Iterator[None]:
     """Turns what goes wrong while a configuration is read into a worded error."""
     try:
         yield
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except Exception as error:  # whatever a network, a tokenizer or a schedule makes of a value it cannot take
         raise CheckpointError(f"The configuration in {folder} is incomplete or wrong: {error!r}.") from error
 
 
@@ -91,48 +102,96 @@ def _fetch(repository: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=["config.json", "model.safetensors", "README.md"]))
+        return Path(
+            snapshot_download(repository, allow_patterns=["config.json", "model.safetensors", "README.md"])
+        )
     except Exception as error:  # a dozen kinds, for no network, no such repository, no right to it, ...
         raise CheckpointError(f"Cannot fetch {repository!r} from the Hugging Face hub: {error}") from error
 
 
-def write(folder: Path | str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str, history: str | None) -> None:
+def write(
+    folder: Path | str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    card: str,
+    history: str | None,
+) -> None:
     """Write a checkpoint: all its files into a new folder, then one rename.
 
     Floating-point tensors are stored in half precision: half the size, and far finer than the model's own error.
 
     Raises:
-        CheckpointError: a weight is not finite, or the parent folder does not exist; nothing is written.
+        CheckpointError: a weight is not finite, the parent folder does not exist, the folder holds other files, or
+            there is no room. Then what was there is as before.
     """
     folder = Path(folder)
     if not folder.parent.is_dir():
-        raise CheckpointError(f"Cannot write {folder}: the folder {folder.parent} does not exist. Create it first.")
+        raise CheckpointError(
+            f"Cannot write {folder}: the folder {folder.parent} does not exist. Create it first."
+        )
+    there = [p.name for p in folder.iterdir()] if folder.is_dir() else [folder.name] if folder.exists() else []
+    strangers = sorted(set(there) - set(FILES))
+    if strangers:
+        raise CheckpointError(
+            f"Cannot write {folder}: a checkpoint would take the place of what is there ({strangers[0]}). "
+            "Choose another folder."
+        )
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor.half()).all():
-            raise CheckpointError(f"The weight {name} is not finite in half precision; the checkpoint was not written.")
+            raise CheckpointError(
+                f"The weight {name} is not finite in half precision; the checkpoint was not written."
+            )
     weights = save(_stored(tensors))
-    full = {"format": FORMAT, "version": version("ldm-edu"), **config, "sha256": hashlib.sha256(weights).hexdigest()}
-    files = {"config.json": (json.dumps(full, indent=2) + "\n").encode(), "model.safetensors": weights, "README.md": card.encode()}
+    full = {
+        "format": FORMAT,
+        "version": version("ldm-edu"),
+        **config,
+        "sha256": hashlib.sha256(weights).hexdigest(),
+    }
+    files = {
+        "config.json": (json.dumps(full, indent=2) + "\n").encode(),
+        "model.safetensors": weights,
+        "README.md": card.encode(),
+    }
     if history:
         files["history.csv"] = history.encode()
-    write_folder(folder, files)
+    try:
+        write_folder(folder, files)
+    except OSError as error:
+        raise CheckpointError(f"Cannot write {folder}: {error.strerror or error}.") from error
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Replace `folder` by one with these files, so that at every moment the old or the new one is whole."""
-    new, old = (folder.with_name(f"{folder.name}.{word}") for word in ("tmp", "old"))
+    """Replace `folder` by one with these files, so that at every moment the old or the new one is whole.
+
+    Between two renames the old one is called `folder.old`; `find` looks there too.
+    """
+    new, old = _beside(folder, "tmp"), _beside(folder, "old")
+    if old.exists() and not folder.exists():  # a writing before this one was killed between them
+        old.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
-    for name, content in files.items():
-        with open(new / name, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+    try:
+        new.mkdir()
+        for name, content in files.items():
+            with open(new / name, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        shutil.rmtree(new, ignore_errors=True)
+        raise
     shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(folder: Path, word: str) -> Path:
+    folder = folder.absolute()
+    return folder.parent / f"{folder.name}.{word}"
 
 
 def read(folder: Path, kind: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -145,17 +204,23 @@ def read(folder: Path, kind: str | None = None) -> tuple[dict[str, Any], dict[st
         config = json.loads((folder / "config.json").read_text())
         weights = (folder / "model.safetensors").read_bytes()
     except OSError as error:
-        raise CheckpointError(f"Cannot read the checkpoint {folder}: {error.strerror} ({error.filename}).") from error
+        raise CheckpointError(
+            f"Cannot read the checkpoint {folder}: {error.strerror} ({error.filename})."
+        ) from error
     except ValueError as error:
-        raise CheckpointError(f"{folder / 'config.json'} is not valid JSON ({error}); fetch the checkpoint again.") from error
-    found = config.get("format")
+        raise CheckpointError(
+            f"{folder / 'config.json'} is not valid JSON ({error}); fetch the checkpoint again."
+        ) from error
+    found = config.get("format") if isinstance(config, dict) else None
     if not isinstance(found, int) or found > FORMAT:
         raise CheckpointError(
             f"The checkpoint {folder} has format {found!r}; this version of ldm-edu reads formats up to {FORMAT}. "
             "Update the package."
         )
     if kind and config.get("kind") != kind:
-        raise CheckpointError(f"The checkpoint {folder} is a {config.get('kind')!r}; a {kind!r} was asked for.")
+        raise CheckpointError(
+            f"The checkpoint {folder} is a {config.get('kind')!r}; a {kind!r} was asked for."
+        )
     if hashlib.sha256(weights).hexdigest() != config.get("sha256"):
         raise CheckpointError(
             f"{folder / 'model.safetensors'} is not the file that was saved: it is truncated or altered "

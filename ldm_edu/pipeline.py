@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ldm_edu import checkpoint
 from ldm_edu.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm_edu.conditioning import TextConditioner
-from ldm_edu.diffusion import Schedule, Step, ddim, ddpm, guided, spaced_timesteps
+from ldm_edu.diffusion import PREDICTIONS, Schedule, Step, ddim, ddpm, guided, spaced_timesteps
 from ldm_edu.runtime import PictureNoise, UserError, autocast, batches, pick_device
 from ldm_edu.unet import UNet, UNetConfig
 
@@ -26,6 +27,9 @@ class LatentDiffusion(nn.Module):
         latent_scale: what brings the first stage's latents to unit standard deviation; computed from data.
         prediction: what the UNet predicts: "eps", "x0" or "v".
         latent_size: height and width of the latents that it is trained on.
+
+    Raises:
+        UserError: an unknown prediction, or a scale that is no positive number.
     """
 
     kind = "latent-diffusion"
@@ -41,6 +45,10 @@ class LatentDiffusion(nn.Module):
         latent_size: int = 16,
     ) -> None:
         super().__init__()
+        if prediction not in PREDICTIONS:
+            raise UserError(f"A model predicts one of {', '.join(PREDICTIONS)}, not {prediction!r}.")
+        if not 0 < latent_scale < math.inf:
+            raise UserError(f"The scale of the latents is a positive number, not {latent_scale}.")
         self.first_stage = first_stage.requires_grad_(False)
         self.unet, self.conditioner, self.schedule = unet, conditioner, schedule
         self.latent_scale, self.prediction, self.latent_size = latent_scale, prediction, latent_size
@@ -95,9 +103,13 @@ class LatentDiffusion(nn.Module):
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         seeds = [seeds + i for i in range(len(prompts))] if isinstance(seeds, int) else list(seeds)
         if not prompts or len(seeds) != len(prompts):
-            raise UserError(f"Give a seed for each prompt, or one integer: {len(prompts)} prompts, {len(seeds)} seeds.")
+            raise UserError(
+                f"Give a seed for each prompt, or one integer: {len(prompts)} prompts, {len(seeds)} seeds."
+            )
         if not 0 <= guidance_scale <= 100:
-            raise UserError(f"The guidance scale lies between 0 and 100 (1 is none, 3 usual); it is {guidance_scale}.")
+            raise UserError(
+                f"The guidance scale lies between 0 and 100 (1 is none, 3 usual); it is {guidance_scale}."
+            )
         if not 0 <= eta <= 1:
             raise UserError(f"eta lies between 0 (deterministic) and 1 (ancestral); it is {eta}.")
         if sampler not in SAMPLERS:
@@ -129,9 +141,15 @@ class LatentDiffusion(nn.Module):
             last = step
         return self.to_image(last.z)
 
-    def save(self, folder: Path | str, card: str, history: str | None = None, embed_first_stage: bool = True) -> None:
+    def save(
+        self, folder: Path | str, card: str, history: str | None = None, embed_first_stage: bool = True
+    ) -> None:
         """Write a checkpoint, whole or not at all; without its first stage, it is found again by its fingerprint."""
-        tensors = {n: t for n, t in self.state_dict().items() if embed_first_stage or not n.startswith("first_stage.")}
+        tensors = {
+            n: t
+            for n, t in self.state_dict().items()
+            if embed_first_stage or not n.startswith("first_stage.")
+        }
         config = {
             "kind": self.kind,
             "first_stage": {

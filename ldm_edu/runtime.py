@@ -83,7 +83,9 @@ def autocast(device: torch.device, precision: str = "auto") -> AbstractContextMa
     """The context in which a network runs: "float32", "bfloat16", or "auto" (bfloat16 on a GPU that has it)."""
     if precision not in ("auto", "float32", "bfloat16"):
         raise UserError(f"The precision is auto, float32 or bfloat16, not {precision!r}.")
-    fast = precision == "bfloat16" or (precision == "auto" and device.type == "cuda" and has_fast_bfloat16(device))
+    fast = precision == "bfloat16" or (
+        precision == "auto" and device.type == "cuda" and has_fast_bfloat16(device)
+    )
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
@@ -103,7 +105,9 @@ def progress(iterable: Iterable | None = None, total: int | None = None, desc: s
     (A bar on stderr shows red in a notebook, and its times would differ at every run.)
     """
     if in_notebook():
-        style = dict(file=sys.stdout, bar_format="{desc}: {bar:30} {n_fmt}/{total_fmt}", ascii=" #", mininterval=0.5)
+        style = dict(
+            file=sys.stdout, bar_format="{desc}: {bar:30} {n_fmt}/{total_fmt}", ascii=" #", mininterval=0.5
+        )
     else:
         style = dict(file=sys.stderr)
     return tqdm(iterable, total=total, desc=desc, **style)

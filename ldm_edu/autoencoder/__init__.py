@@ -5,4 +5,11 @@ from ldm_edu.autoencoder.encoder import Decoder, Encoder
 from ldm_edu.autoencoder.kl import AutoencoderKL, DiagonalGaussian
 from ldm_edu.autoencoder.objective import FirstStageObjective
 
-__all__ = ["AutoencoderConfig", "AutoencoderKL", "Decoder", "DiagonalGaussian", "Encoder", "FirstStageObjective"]
+__all__ = [
+    "AutoencoderConfig",
+    "AutoencoderKL",
+    "Decoder",
+    "DiagonalGaussian",
+    "Encoder",
+    "FirstStageObjective",
+]

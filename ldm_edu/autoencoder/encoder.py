@@ -15,7 +15,9 @@ class Middle(nn.Sequential):
     def __init__(self, config: AutoencoderConfig) -> None:
         width, groups = config.widths[-1], config.groups
         attention = AttentionBlock(width, groups=groups) if config.middle_attention else nn.Identity()
-        super().__init__(ResidualBlock(width, width, groups=groups), attention, ResidualBlock(width, width, groups=groups))
+        super().__init__(
+            ResidualBlock(width, width, groups=groups), attention, ResidualBlock(width, width, groups=groups)
+        )
 
 
 class Level(nn.Module):
@@ -28,7 +30,9 @@ class Level(nn.Module):
         out_channels = config.widths[level]
         steps: list[nn.Module] = []
         for i in range(blocks):
-            steps.append(ResidualBlock(out_channels if i else in_channels, out_channels, groups=config.groups))
+            steps.append(
+                ResidualBlock(out_channels if i else in_channels, out_channels, groups=config.groups)
+            )
             if level in config.attention_levels:
                 steps.append(AttentionBlock(out_channels, groups=config.groups))
         self.blocks = nn.Sequential(*steps)

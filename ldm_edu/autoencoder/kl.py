@@ -101,6 +101,7 @@ class AutoencoderKL(nn.Module):
         """
         folder = checkpoint.find(name)
         config, tensors = checkpoint.read(folder, kind=cls.kind)
-        model = cls(checkpoint.build(AutoencoderConfig, config["autoencoder"], folder))
+        with checkpoint.settings_of(folder):
+            model = cls(checkpoint.build(AutoencoderConfig, config["autoencoder"], folder))
         checkpoint.fill(model, tensors, folder)
         return model.eval()

@@ -60,11 +60,14 @@ class TextConditioner(nn.Module):
             type_vocab_size=1,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
+            attn_implementation="eager",  # on a CPU the fused kernel's backward pass is the slower one
         )
         return cls(_wrap(tokenizer), BertModel(config, add_pooling_layer=False), length)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, encoder: str = "CLIPTextModel", length: int = 77) -> TextConditioner:
+    def from_pretrained(
+        cls, name: str | Path, encoder: str = "CLIPTextModel", length: int = 77
+    ) -> TextConditioner:
         """A frozen encoder with its own weights, from a folder or, where there is a network, the Hugging Face hub.
 
         Raises:
@@ -74,7 +77,9 @@ class TextConditioner(nn.Module):
             tokenizer = AutoTokenizer.from_pretrained(name)
             model = _encoder_class(encoder).from_pretrained(name)
         except OSError as error:
-            raise UserError(f"Cannot load {encoder} from {str(name)!r}: {str(error).splitlines()[0]}") from error
+            raise UserError(
+                f"Cannot load {encoder} from {str(name)!r}: {str(error).splitlines()[0]}"
+            ) from error
         return cls(tokenizer, model, length, frozen=True)
 
     @property
@@ -93,13 +98,17 @@ class TextConditioner(nn.Module):
         unknown_token = self.tokenizer.unk_token_id
         for caption, tokens in zip(captions, encoded, strict=True):
             if len(tokens) > self.length:
-                raise UserError(f"The prompt is too long: {len(tokens)} tokens, and this model reads {self.length}: {caption!r}.")
+                raise UserError(
+                    f"The prompt is too long: {len(tokens)} tokens, and this model reads {self.length}: {caption!r}."
+                )
             if unknown_token is not None and unknown_token in tokens:
                 raise UnknownWords(self._unknown(caption))
         return torch.tensor(encoded)
 
     def _unknown(self, caption: str) -> str:
-        words = [w for w, _ in self.tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(caption.lower())]
+        words = [
+            w for w, _ in self.tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(caption.lower())
+        ]
         vocabulary = self.tokenizer.get_vocab()
         strange = ", ".join(repr(w) for w in dict.fromkeys(words) if w not in vocabulary)
         known = ", ".join(sorted(w for w in vocabulary if w[0] != "["))

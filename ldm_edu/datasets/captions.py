@@ -68,7 +68,11 @@ def describe(things: Sequence[Thing], words: Sequence[int], full: bool = False) 
     templates = (ONE, TWO, THREE)[len(things) - 1]
     slots = {}
     for letter, thing in zip("abc", things, strict=False):
-        slots |= {letter: noun(thing), letter + "1": noun(thing, article=False), letter + "2": f"{thing.colour} {thing.shape}"}
+        slots |= {
+            letter: noun(thing),
+            letter + "1": noun(thing, article=False),
+            letter + "2": f"{thing.colour} {thing.shape}",
+        }
     if len(things) > 1:
         ab = relation(things[0], things[1])
         slots |= {"ab": side(ab), "ba": side(INVERSE[ab])}

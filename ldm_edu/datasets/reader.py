@@ -1,8 +1,8 @@
 """read_scene: what a ShapeScenes picture shows, recovered from the pixels alone.
 
-With it, whether a sample follows its caption is measured, not judged. A picture that is no clear scene (noise, blur,
-two scenes mixed) is refused: every object must have one of the eight colours, and its outline must agree with one of
-the eight shapes.
+With it, whether a sample follows its caption is measured, not judged. A picture that is no clear scene
+(noise, blur, two scenes mixed) is refused: every object must have one of the eight colours, and its outline
+must be sharp and agree with one of the eight shapes.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from torch import Tensor
 from ldm_edu.datasets.captions import SIZES, Thing, relation
 from ldm_edu.datasets.shapes import COLOUR_NAMES, PALETTE, RADII, SHAPE_NAMES
 from ldm_edu.datasets.signed_distance import UNIT_AREAS, UNIT_CENTRES, coverage
-from ldm_edu.runtime import batches
+from ldm_edu.runtime import UserError, batches
 
 FOREGROUND = 0.22  # least colourfulness (largest minus smallest channel, 0 to 1) of an object's pixels
 SPECK = 0.0045  # smaller patches, in shares of the picture, are ignored; too many of them make it no scene
 FARTHEST_COLOUR = 0.24  # from the palette, as a distance in RGB (0 to 1 each)
 LEAST_OVERLAP = 0.75  # of an outline with its best shape, as intersection over union
-SOFTEST_EDGE = 2.0 / 64  # an outline's width, in picture sides; a render of 64 pixels has 0.6 / 64, with sigma 1 blur 1.6
+# The widest outline, in picture sides. Renders have about 0.6 / 64, a first stage's copies 1.1 / 64. A blur
+# of sigma 2 pixels in 64 makes it 2.5 / 64, and small shapes then begin to look like others.
+SOFTEST_EDGE = 2.2 / 64
 
 
 class Reading(NamedTuple):
@@ -40,7 +42,13 @@ class _Patch(NamedTuple):
 
 
 def read_scenes(images: Tensor) -> list[Reading]:
-    """Read pictures `(B, 3, S, S)` in [-1, 1]. See `Reading`."""
+    """Read pictures `(B, 3, S, S)` in [-1, 1]. See `Reading`.
+
+    Raises:
+        UserError: another shape.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
+        raise UserError(f"Scenes come as square pictures (B, 3, S, S); this is {tuple(images.shape)}.")
     pixels = ((images.detach().float().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).cpu().numpy()
     patches, refused = [], {}
     for i, picture in enumerate(pixels):
@@ -69,7 +77,7 @@ def read_scene(image: Tensor) -> Reading:
 
 
 def agrees(reading: Reading, wanted: tuple[Thing, ...]) -> bool:
-    """Whether a reading shows exactly these objects: shapes, colours, sizes, and the relation of each to the next."""
+    """Whether a reading shows exactly these objects, and the relation of each to the next."""
     if len(reading.things) != len(wanted):
         return False
     found = {(t.shape, t.colour, t.size): t for t in reading.things}
@@ -129,7 +137,7 @@ def _measure(number: int, picture: np.ndarray, colourful: np.ndarray, mask: np.n
 
 
 def _edge_width(cover: np.ndarray) -> float:
-    """How wide the outline of a patch is, in pixels: the area that is neither in nor out, over the outline's length."""
+    """How wide a patch's outline is, in pixels: the area neither in nor out, over the outline's length."""
     down, across = np.gradient(cover)
     length = np.hypot(down, across).sum()  # the total variation of a mask is its perimeter
     return float((4 * cover * (1 - cover)).sum() / max(length, 1e-6))
@@ -138,13 +146,12 @@ def _edge_width(cover: np.ndarray) -> float:
 def _match(patches: list[_Patch], size: int) -> list[Thing | None]:
     """The shape whose outline fits each patch best, with its size and centre; None where none fits well."""
     results: list[Thing | None] = []
-    kinds = len(SHAPE_NAMES)
     places = (torch.arange(size) + 0.5) / size
     for part in (patches[b] for b in batches(len(patches), 64)):
         cover = torch.from_numpy(np.stack([p.cover for p in part]))
         mass = cover.sum((1, 2))
-        middle = torch.stack([(cover.sum(1) * places).sum(1), (cover.sum(2) * places).sum(1)], 1) / mass[:, None]
-        # The radius and centre with which each shape would have this area and centre of mass: (patches, kinds).
+        middle = torch.stack([(cover.sum(k) * places).sum(1) for k in (1, 2)], 1) / mass[:, None]
+        # The radius and centre with which each shape would have this area and centre of mass.
         radius = (mass[:, None] / size**2 / UNIT_AREAS).sqrt()
         centre = middle[:, None] - UNIT_CENTRES * radius[..., None]
         overlap = _overlap(cover, centre, radius, size)
@@ -161,9 +168,10 @@ def _match(patches: list[_Patch], size: int) -> list[Thing | None]:
 
 
 def _overlap(cover: Tensor, centre: Tensor, radius: Tensor, size: int) -> Tensor:
-    """Intersection over union of each patch (N, size, size) with each shape drawn in its place: (N, kinds)."""
+    """Intersection over union of each patch (N, size, size) with each shape in its place: (N, shapes)."""
     n, kinds = radius.shape
     shape = torch.arange(kinds).repeat(n)
-    drawn = coverage(shape, *centre.flatten(0, 1).unbind(1), radius.flatten(), size).view(n, kinds, size, size)
+    x, y = centre.flatten(0, 1).unbind(1)
+    drawn = coverage(shape, x, y, radius.flatten(), size).view(n, kinds, size, size)
     both = torch.minimum(cover[:, None], drawn).sum((2, 3))
     return both / (cover.sum((1, 2))[:, None] + drawn.sum((2, 3)) - both)

@@ -63,7 +63,9 @@ class Scenes:
 
     def things(self, i: int) -> tuple[Thing, ...]:
         """The objects of scene `i`, by name."""
-        rows = zip(*(t[i].tolist() for t in (self.shape, self.colour, self.large, self.x, self.y)), strict=True)
+        rows = zip(
+            *(t[i].tolist() for t in (self.shape, self.colour, self.large, self.x, self.y)), strict=True
+        )
         named = (Thing(SHAPE_NAMES[s], COLOUR_NAMES[c], SIZES[big], x, y) for s, c, big, x, y in rows)
         return tuple(named)[: int(self.count[i])]
 
@@ -157,7 +159,9 @@ def _background(scenes: Scenes, size: int) -> Tensor:
     pixel = (torch.arange(size, device=scenes.x.device) + 0.5) / size
     tint = torch.stack([u(60), u(61), u(62)], 1) - 0.5
     base = (0.22 + 0.6 * u(63))[:, None] + 0.08 * tint
-    shade = 0.24 * ((u(64) - 0.5)[:, None, None] * (pixel - 0.5) + (u(65) - 0.5)[:, None, None] * (pixel[:, None] - 0.5))
+    shade = 0.24 * (
+        (u(64) - 0.5)[:, None, None] * (pixel - 0.5) + (u(65) - 0.5)[:, None, None] * (pixel[:, None] - 0.5)
+    )
     frequency = 2 * torch.pi * (4 + 8 * u(66))[:, None]
     angle = 2 * torch.pi * u(67)[:, None]
     a, b = frequency * angle.cos() * pixel, frequency * angle.sin() * pixel
@@ -249,7 +253,9 @@ class ShapeScenes(Dataset):
             "label": scenes.shape[:, 0],
             "boxes": scenes.boxes(),
             "classes": classes,
-            "semantic_map": torch.where(strongest > 0.5, scenes.shape.gather(1, which.flatten(1)).view_as(which) + 1, 0),
+            "semantic_map": torch.where(
+                strongest > 0.5, scenes.shape.gather(1, which.flatten(1)).view_as(which) + 1, 0
+            ),
             "mask": self._mask(scenes),
             "low_resolution": F.avg_pool2d(image, 4),
         }

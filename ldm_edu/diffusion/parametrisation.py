@@ -23,7 +23,9 @@ def training_target(prediction: str, z0: Tensor, noise: Tensor, alpha_cumprod: T
     raise UserError(f"A model predicts one of {', '.join(PREDICTIONS)}, not {prediction!r}.")
 
 
-def split_prediction(prediction: str, output: Tensor, z: Tensor, alpha_cumprod: Tensor) -> tuple[Tensor, Tensor]:
+def split_prediction(
+    prediction: str, output: Tensor, z: Tensor, alpha_cumprod: Tensor
+) -> tuple[Tensor, Tensor]:
     """The clean latent and the noise (x0, ε) that the network's answer at z_t means."""
     signal, sigma = alpha_cumprod.sqrt(), (1 - alpha_cumprod).sqrt()
     if prediction == "eps":

@@ -66,7 +66,9 @@ def ddim(
         now = levels[t]
         following = levels[timesteps[i + 1]] if i + 1 < len(timesteps) else 1.0
         output = denoiser(z, torch.full((len(z),), t, device=z.device))
-        z0, epsilon = split_prediction(prediction, output, z, torch.tensor(now, dtype=z.dtype, device=z.device))
+        z0, epsilon = split_prediction(
+            prediction, output, z, torch.tensor(now, dtype=z.dtype, device=z.device)
+        )
         yield Step(t, z, z0)
         # Equation 16 of Song et al.: eta = 1 gives the posterior's own standard deviation.
         sigma = eta * ((1 - following) / (1 - now) * (1 - now / following)) ** 0.5

@@ -43,11 +43,15 @@ class Schedule:
         UserError: an unknown kind, or values that are no schedule.
     """
 
-    def __init__(self, kind: str = "sqrt_linear", T: int = 1000, start: float = 0.00085, end: float = 0.012) -> None:
+    def __init__(
+        self, kind: str = "sqrt_linear", T: int = 1000, start: float = 0.00085, end: float = 0.012
+    ) -> None:
         if kind not in SCHEDULES:
             raise UserError(f"There is no schedule {kind!r}; there are {', '.join(SCHEDULES)}.")
         if T < 1 or not 0 <= start <= end < 1:
-            raise UserError(f"A schedule needs T ≥ 1 and 0 ≤ start ≤ end < 1, not T={T}, start={start}, end={end}.")
+            raise UserError(
+                f"A schedule needs T ≥ 1 and 0 ≤ start ≤ end < 1, not T={T}, start={start}, end={end}."
+            )
         self.kind, self.T, self.start, self.end = kind, T, start, end
         self.betas = SCHEDULES[kind](T, start, end)
         self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)
@@ -63,5 +67,5 @@ class Schedule:
 
     def at(self, t: Tensor, like: Tensor) -> Tensor:
         """ᾱ_t for each picture of a batch, shaped to multiply `like`."""
-        level = self.alphas_cumprod[t.cpu()].to(like.device, like.dtype)
+        level = self.alphas_cumprod[t.cpu()].to(like.dtype).to(like.device)
         return level.view(-1, *[1] * (like.ndim - 1))

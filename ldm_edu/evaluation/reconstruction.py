@@ -102,10 +102,8 @@ def ssim(restored: Tensor, original: Tensor) -> float:
 
 
 def _levels(image: Tensor) -> Tensor:
-    """Float64 `(1, 3, H, W)`, the values 0, 1, .., 255 that an 8-bit file would hold."""
-    return (
-        torch.from_numpy(to_uint8(image[None])).permute(0, 3, 1, 2).double()
-    )  # SSIM subtracts large squares
+    """`(1, 3, H, W)`, the values 0, 1, .., 255 that an 8-bit file would hold."""
+    return torch.from_numpy(to_uint8(image[None])).permute(0, 3, 1, 2).float()
 
 
 def score(restored: Tensor, image: Tensor, f: int) -> Score:
@@ -121,8 +119,8 @@ def score_files(
 ) -> dict[Path, Score]:
     """Reconstruct picture files and score them; write those that have a target there, as PNG.
 
-    `device` is where the first stage is. A target's folder is made where only it is missing. Of several pictures, what cannot be read or is larger
-    than `MAX_MEGAPIXELS` is skipped and named in a warning.
+    `device` is where the first stage is. A target's folder is made if its own parent is there. Of several
+    pictures, what cannot be read or is larger than `MAX_MEGAPIXELS` is skipped and named in a warning.
 
     Raises:
         UserError: the only picture cannot be read, or a result cannot be written.

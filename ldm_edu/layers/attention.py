@@ -30,7 +30,9 @@ class Attention(nn.Module):
         heads: number of heads; `channels` is divided among them.
     """
 
-    def __init__(self, channels: int, heads: int, context_channels: int | None = None, bias: bool = False) -> None:
+    def __init__(
+        self, channels: int, heads: int, context_channels: int | None = None, bias: bool = False
+    ) -> None:
         super().__init__()
         if channels % heads:
             raise ValueError(f"{channels} channels cannot be divided among {heads} heads.")

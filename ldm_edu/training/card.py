@@ -18,7 +18,10 @@ def hardware() -> str:
     if torch.cuda.is_available():
         return f"1 × {torch.cuda.get_device_name()}"
     names = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    model = next((line.split(":")[1].strip() for line in names.splitlines() if "model name" in line), platform.processor())
+    model = next(
+        (line.split(":")[1].strip() for line in names.splitlines() if "model name" in line),
+        platform.processor(),
+    )
     return f"{torch.get_num_threads()} thread(s) of {model}"
 
 
@@ -34,7 +37,8 @@ def model_card(name: str, about: str, settings: Settings, history: History, mode
 
 - Parameters: {parameters:,}, stored in half precision; the averaged (EMA) weights.
 - Command: `ldm-edu train {name}`
-- Trained in {history.seconds / 60:.1f} minutes on {hardware()}, precision {history.precision}, torch {torch.__version__}.
+- Trained in {history.seconds / 60:.1f} minutes on {hardware()}, precision {history.precision}, \
+torch {torch.__version__}.
 
 | setting | value |
 |---|---|

@@ -39,16 +39,19 @@ def train_first_stage(
     out: Path | None,
     resume: bool = False,
     on_step: OnStep | None = None,
+    start: AutoencoderKL | None = None,
 ) -> AutoencoderKL:
     """Train, and write `out/checkpoint`.
 
     Args:
         get_images: `(batch_size, generator)` to pictures `(B, 3, size, size)` in [-1, 1].
         about: what the model card says of the data and its licence.
+        start: a first stage of the same shape to begin with; by default a new one.
     """
     torch.manual_seed(settings.seed)
-    model = AutoencoderKL(config)
-    model.start_with_small_variance()
+    model = start or AutoencoderKL(config)
+    if start is None:
+        model.start_with_small_variance()
     objective = FirstStageObjective(model, settings.kl_weight, settings.l2_weight)
 
     def get_batch(generator: torch.Generator) -> Tensor:

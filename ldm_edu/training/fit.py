@@ -7,10 +7,10 @@ accelerate's business; saving is ours, because accelerate's is a pickle.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ OnStep = Callable[[int, dict[str, float]], None]
 
 def step_generator(seed: int, step: int, process: int = 0) -> torch.Generator:
     """The generator of one step: what a step draws depends on nothing that came before it."""
-    return torch.Generator().manual_seed((seed * 1009 + process) * 2**40 + step)
+    return torch.Generator().manual_seed(((seed * 1009 + process) * 2**40 + step) % 2**63)
 
 
 def learning_rate(settings: Settings, step: int) -> float:
@@ -42,7 +42,7 @@ def learning_rate(settings: Settings, step: int) -> float:
 
 @torch.no_grad()
 def update_ema(ema: list[Tensor], weights: list[Tensor], decay: float, step: int) -> None:
-    """ema ← d · ema + (1 - d) · weights, with d = min(decay, (1 + n) / (10 + n)): a warm-up, as in the released code."""
+    """ema ← d · ema + (1 - d) · weights, with d = min(decay, (1 + n) / (10 + n)), as the released code does."""
     d = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(ema, weights, 1 - d)
 
@@ -73,7 +73,7 @@ def fit(
     device = pick_device()
     accelerator = _accelerator(settings, device)
     if out is not None:
-        _prepare_folder(out, resume)
+        prepare_folder(out, resume)
     if device.type == "cuda":
         objective = objective.to(memory_format=torch.channels_last)
     weights = [p for p in objective.parameters() if p.requires_grad]
@@ -113,9 +113,11 @@ def fit(
             count = (done - 1) % settings.log_every + 1
             means = {name: float(total) / count for name, total in sums.items()}
             sums = {}
-            if not math.isfinite(means["loss"]):
+            # The gradient too: the loss is of the weights before this step, and those after it are saved next.
+            if not (math.isfinite(means["loss"]) and math.isfinite(means["gradient_norm"])):
                 raise UserError(
-                    f"The loss is {means['loss']} at step {done}: training has diverged. The last saved state is whole. "
+                    f"The loss is {means['loss']} and its gradient {means['gradient_norm']} at step {done}: "
+                    "training has diverged; what was saved is whole. "
                     "Try a lower learning_rate, or precision=no."
                 )
             history.add(done, means)
@@ -145,20 +147,25 @@ def _accelerator(settings: Settings, device: torch.device) -> Accelerator:
     return Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
 
 
-def _prepare_folder(out: Path, resume: bool) -> None:
+def prepare_folder(out: Path, resume: bool) -> None:
+    """Make a run's folder.
+
+    Raises:
+        UserError: its parent does not exist, or it holds a run that `resume` does not take up.
+    """
     if not out.parent.is_dir():
         raise UserError(f"Cannot save to {out}: the folder {out.parent} does not exist. Create it first.")
+    if out.is_file():
+        raise UserError(f"Cannot save to {out}: it is a file. Choose another --out.")
     if out.exists() and any(out.iterdir()) and not resume:
         raise UserError(f"The folder {out} is not empty. Go on with --resume, or choose another --out.")
     out.mkdir(exist_ok=True)
 
 
 def _tensorboard(out: Path | None) -> Any:
-    """A TensorBoard writer if TensorBoard is installed and asked for by $LDM_EDU_TENSORBOARD=1."""
-    if out is None or not os.environ.get("LDM_EDU_TENSORBOARD"):
+    """A TensorBoard writer, if TensorBoard is installed."""
+    if out is None or find_spec("tensorboard") is None:
         return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(out / "tensorboard"))

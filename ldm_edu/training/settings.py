@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TypeVar
 
 from ldm_edu.runtime import UserError
@@ -40,13 +41,23 @@ class Settings:
     save_every: int = 500
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"The setting {name} must be at least 1; it is {getattr(self, name)}.")
+        for name, value in asdict(self).items():
+            least = 0 if name in ("warmup", "seed") else 1
+            if isinstance(value, int) and value < least:
+                raise UserError(f"The setting {name} must be at least {least}; it is {value}.")
+            if isinstance(value, float) and not 0 <= value < math.inf:
+                raise UserError(f"The setting {name} must be a number, and not negative; it is {value}.")
+        for name in ("beta1", "beta2", "ema_decay"):
+            if getattr(self, name) >= 1:
+                raise UserError(f"The setting {name} must be less than 1; it is {getattr(self, name)}.")
         if not 0 < self.learning_rate < 1:
             raise UserError(f"The setting learning_rate must lie between 0 and 1; it is {self.learning_rate}.")
+        if self.seed >= 2**32:
+            raise UserError(f"The setting seed must be less than 2**32; it is {self.seed}.")
         if self.save_every % self.log_every:
-            raise UserError(f"save_every ({self.save_every}) must be a multiple of log_every ({self.log_every}).")
+            raise UserError(
+                f"save_every ({self.save_every}) must be a multiple of log_every ({self.log_every})."
+            )
         if self.precision not in ("auto", "bf16", "no"):
             raise UserError(f"The setting precision is auto, bf16 or no; it is {self.precision!r}.")
 

@@ -11,16 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from ldm_edu.checkpoint import write_folder
+from ldm_edu.checkpoint import fill, write_folder
 from ldm_edu.runtime import UserError
 from ldm_edu.training.settings import Settings
 
 
 def save_state(
-    out: Path, step: int, model: nn.Module, ema: list[Tensor], optimizer: torch.optim.Optimizer, scalars: dict[str, Any]
+    out: Path,
+    step: int,
+    model: nn.Module,
+    ema: list[Tensor],
+    optimizer: torch.optim.Optimizer,
+    scalars: dict[str, Any],
 ) -> None:
     """Write `out/step-N/` whole: weights, averaged weights and optimiser as tensors, the rest as JSON. Older ones go.
 
@@ -33,14 +39,17 @@ def save_state(
     # A copy of each: safetensors refuses tensors that share memory.
     data = save({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()})
     scalars = {"step": step, **scalars}
-    write_folder(out / f"step-{step:07d}", {"state.safetensors": data, "state.json": json.dumps(scalars).encode()})
-    for folder in saved_steps(out)[:-1]:
-        shutil.rmtree(folder, ignore_errors=True)
+    folder = out / f"step-{step:07d}"
+    write_folder(folder, {"state.safetensors": data, "state.json": json.dumps(scalars).encode()})
+    for older in set(out.glob("step-*")) - {folder}:  # and what was being written or removed when a run was killed
+        shutil.rmtree(older, ignore_errors=True)
 
 
 def saved_steps(out: Path) -> list[Path]:
     """The whole saved states in a run's folder, oldest first."""
-    return sorted(p for p in out.glob("step-*") if re.fullmatch(r"step-\d{7}", p.name) and (p / "state.json").is_file())
+    return sorted(
+        p for p in out.glob("step-*") if re.fullmatch(r"step-\d{7}", p.name) and (p / "state.json").is_file()
+    )
 
 
 def load_state(
@@ -49,12 +58,18 @@ def load_state(
     """Take up the newest saved state; None where there is none yet.
 
     Raises:
-        UserError: it was made with other settings.
+        UserError: it was made with other settings, for another model, or is damaged.
     """
     folders = saved_steps(out)
     if not folders:
         return None
-    scalars = json.loads((folders[-1] / "state.json").read_text())
+    try:
+        scalars = json.loads((folders[-1] / "state.json").read_text())
+        tensors = load_file(folders[-1] / "state.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"The saved state {folders[-1]} is damaged ({error}). Choose another --out and start again."
+        ) from error
     own = json.loads(json.dumps(asdict(settings)))
     if scalars["settings"] != own:
         changed = [k for k in own if scalars["settings"].get(k) != own[k]]
@@ -62,8 +77,8 @@ def load_state(
             f"The run in {out} was started with other settings ({', '.join(changed)}); resume it with the same ones, "
             "or choose another --out."
         )
-    tensors = load_file(folders[-1] / "state.safetensors")
-    model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
+    weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
+    fill(model, weights, folders[-1])
     for i, average in enumerate(ema):
         average.copy_(tensors[f"ema.{i}"])
     state: dict[int, dict[str, Tensor]] = {}
@@ -76,14 +91,18 @@ def load_state(
 
 
 class History:
-    """`history.csv`: the readings, a row every `log_every` steps; cut back to the state that a resumed run starts from."""
+    """`history.csv`: the readings, a row every `log_every` steps; a resumed run cuts it back to its state."""
 
     def __init__(self, path: Path | None, keep_to: int = 0) -> None:
         self.path = path
         self.rows: list[dict[str, str]] = []
         if path and path.is_file() and keep_to:
             with open(path, newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if (row["step"] or "").isdigit() and int(row["step"]) <= keep_to]
+                self.rows = [
+                    row
+                    for row in csv.DictReader(file)
+                    if (row["step"] or "").isdigit() and int(row["step"]) <= keep_to
+                ]
         self._write_all()
 
     def add(self, step: int, readings: dict[str, float]) -> None:

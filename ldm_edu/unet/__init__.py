@@ -3,4 +3,11 @@
 from ldm_edu.unet.transformer import SpatialTransformer, TransformerBlock
 from ldm_edu.unet.unet import TimeEmbedding, UNet, UNetConfig, timestep_embedding
 
-__all__ = ["SpatialTransformer", "TimeEmbedding", "TransformerBlock", "UNet", "UNetConfig", "timestep_embedding"]
+__all__ = [
+    "SpatialTransformer",
+    "TimeEmbedding",
+    "TransformerBlock",
+    "UNet",
+    "UNetConfig",
+    "timestep_embedding",
+]

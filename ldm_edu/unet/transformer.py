@@ -32,7 +32,11 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, channels: int, heads: int, context_channels: int | None) -> None:
         super().__init__()
-        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(channels), nn.LayerNorm(channels), nn.LayerNorm(channels)
+        self.norm1, self.norm2, self.norm3 = (
+            nn.LayerNorm(channels),
+            nn.LayerNorm(channels),
+            nn.LayerNorm(channels),
+        )
         self.self_attention = Attention(channels, heads)
         self.cross_attention = Attention(channels, heads, context_channels)
         self.feed_forward = FeedForward(channels)

@@ -49,7 +49,9 @@ def timestep_embedding(t: Tensor, channels: int, slowest: float = 10_000.0) -> T
     As in the released code: cosines first, and no shift of the frequencies.
     """
     half = channels // 2
-    frequencies = torch.exp(-math.log(slowest) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+    frequencies = torch.exp(
+        -math.log(slowest) * torch.arange(half, device=t.device, dtype=torch.float32) / half
+    )
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -86,10 +88,14 @@ class Block(nn.Module):
 class DownLevel(nn.Module):
     """The blocks of one resolution on the way down, then the step to half of it."""
 
-    def __init__(self, config: UNetConfig, level: int, in_channels: int, out_channels: int, last: bool) -> None:
+    def __init__(
+        self, config: UNetConfig, level: int, in_channels: int, out_channels: int, last: bool
+    ) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * config.blocks
-        self.blocks = nn.ModuleList(Block(config, level, a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.blocks = nn.ModuleList(
+            Block(config, level, a, b) for a, b in zip(widths, widths[1:], strict=False)
+        )
         self.downsample = None if last else Downsample(out_channels, symmetric=True)
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor | None) -> list[Tensor]:
@@ -107,7 +113,13 @@ class UpLevel(nn.Module):
     """The blocks of one resolution on the way up, each fed its skip connection, then the step to twice of it."""
 
     def __init__(
-        self, config: UNetConfig, level: int, in_channels: int, out_channels: int, skips: list[int], last: bool
+        self,
+        config: UNetConfig,
+        level: int,
+        in_channels: int,
+        out_channels: int,
+        skips: list[int],
+        last: bool,
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList()
@@ -195,4 +207,6 @@ def _residual(config: UNetConfig, in_channels: int, out_channels: int) -> Residu
 
 
 def _transformer(config: UNetConfig, channels: int) -> SpatialTransformer:
-    return SpatialTransformer(channels, config.heads, config.context_channels, config.transformer_depth, config.groups)
+    return SpatialTransformer(
+        channels, config.heads, config.context_channels, config.transformer_depth, config.groups
+    )

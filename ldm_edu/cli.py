@@ -1,0 +1,299 @@
+"""The command line: ldm-edu sample | reconstruct | train | evaluate | lab.
+
+A user's mistake is a message on stderr and exit status 1, without a traceback. torch is imported inside the
+commands, so that --help is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ldm_edu.evaluation.reconstruction import Score
+
+TOUR = Path(__file__).resolve().parent.parent / "notebooks" / "00_tour.ipynb"
+
+
+class Commands(TyperGroup):
+    """Turns a UserError into a message, and warnings into lines without file names."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: _say(f"Warning: {message}")
+            try:
+                return super().invoke(ctx)
+            except ValueError as error:
+                from ldm_edu.runtime import UserError
+
+                if not isinstance(error, UserError):
+                    raise
+                _say(f"Error: {error}")
+                raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Latent diffusion models: draw pictures, reconstruct them, train, evaluate, open the notebooks.",
+    epilog="LDM_EDU_DEVICE=cpu|cuda|mps chooses the device, LDM_EDU_DATA the folder of data sets.",
+)
+
+
+main = app  # the entry point of the `ldm-edu` command
+
+
+def _say(message: str) -> None:
+    typer.echo(message, err=True)
+
+
+def _refuse(message: str) -> NoReturn:
+    """What a UserError would say, without waiting for torch."""
+    _say(f"Error: {message}")
+    raise typer.Exit(1)
+
+
+def _at_least(least: int, option: str, value: int) -> None:
+    if value < least:
+        _refuse(f"{option} is {value}; it must be at least {least}.")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ldm-edu {version('ldm-edu')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+@app.command()
+def sample(
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="What to draw, in quotes.")],
+    checkpoint: Annotated[str, typer.Option(help="A committed name, or a folder.")] = "shapes-text",
+    num: Annotated[int, typer.Option(help="Pictures for each prompt.")] = 4,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is none.")] = 3.0,
+    seed: Annotated[int, typer.Option(help="Of each prompt's first picture; the next have +1.")] = 0,
+    out: Annotated[Path, typer.Option(help="FILE.png for one sheet; a folder for a file a picture.")] = Path(
+        "sample.png"
+    ),
+) -> None:
+    """Draw pictures from text.
+
+    Every prompt gets the same seeds. On a sheet of several prompts, each has a row. A file that is there is
+    replaced.
+    """
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt.strip():
+            _refuse(f"Prompt {number} is empty. Say what to draw, for example: a red circle")
+    _at_least(1, "--num", num)
+    _at_least(1, "--steps", steps)
+    _at_least(0, "--seed", seed)
+    if not math.isfinite(guidance):
+        _refuse(f"--guidance is {guidance}; it must be a number, for example 3.")
+    as_sheet = _names_a_file(out)
+
+    import torch
+
+    from ldm_edu.datasets.images import contact_sheet, write_png
+    from ldm_edu.pipeline import LatentDiffusion
+    from ldm_edu.runtime import batches, progress
+
+    model = LatentDiffusion.load(checkpoint)
+    jobs = [(prompt, seed + i) for prompt in prompts for i in range(num)]
+    images: list[Tensor] = []
+    for part in batches(len(jobs), 16):
+        texts, seeds = map(list, zip(*jobs[part]))
+        stream = model.steps(texts, num_steps=steps, guidance_scale=guidance, seeds=seeds)
+        for step in progress(stream, total=steps + 1, desc="denoising"):
+            last = step
+        images += model.to_image(last.z)
+    if as_sheet:
+        files = {out: contact_sheet(torch.stack(images), columns=num if len(prompts) > 1 else None)}
+    else:
+        names = [f"{i // num:02d}-{_slug(text)}-seed{s}.png" for i, (text, s) in enumerate(jobs)]
+        files = {out / name: image for name, image in zip(names, images)}
+        out.mkdir(exist_ok=True)
+    for path, image in files.items():
+        write_png(path, image)
+        typer.echo(path)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "picture"
+
+
+def _names_a_file(out: Path) -> bool:
+    """Whether --out names a picture, not a folder. Refuses at once what could not be written in the end."""
+    if not out.is_dir() and not out.parent.is_dir():
+        _refuse(f"--out {out}: the folder {out.parent} does not exist. Create it first.")
+    if out.is_dir():
+        return False
+    if out.suffix.lower() == ".png":
+        return True
+    if out.exists() or out.suffix:
+        _refuse(f"--out {out}: pictures are written as PNG. Name a FILE.png, or a folder.")
+    return False
+
+
+@app.command()
+def reconstruct(
+    source: Annotated[Path, typer.Argument(metavar="IMAGE|FOLDER", help="A picture, or a folder of them.")],
+    checkpoint: Annotated[str, typer.Option(help="A first stage: its name, or a folder.")] = "photos-kl-f4",
+    out: Annotated[Path | None, typer.Option(help="FILE.png or a folder for the results.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Encode and decode pictures; print PSNR and SSIM beside a bicubic copy's.
+
+    RGB at 8 bits, mean of the pictures' values. A picture is padded by reflection to a multiple of the first
+    stage's f, and cropped back. The bicubic copy is the picture shrunk by f and enlarged again.
+    """
+    from ldm_edu.autoencoder import AutoencoderKL
+    from ldm_edu.datasets.metadata import list_pictures
+    from ldm_edu.evaluation.reconstruction import score_files
+    from ldm_edu.runtime import pick_device
+
+    paths = [entry.path for entry in list_pictures(source)] if source.is_dir() else [source]
+    targets = {} if out is None else _targets(source, paths, out)
+    device = pick_device()
+    first_stage = AutoencoderKL.load(checkpoint).to(device)
+    _print_scores(score_files(first_stage, paths, targets, device), as_json)
+
+
+def _targets(source: Path, paths: list[Path], out: Path) -> dict[Path, Path]:
+    """Where each picture's reconstruction goes."""
+    if _names_a_file(out):
+        if source.is_dir():
+            _refuse(f"{source} is a folder, so --out must name a folder too, not {out}.")
+        targets = {source: out}
+    else:
+        home = source if source.is_dir() else source.parent
+        names = ["-".join(path.relative_to(home).with_suffix("").parts) for path in paths]
+        if len(set(names)) < len(names):  # a.jpg beside a.png
+            names = ["-".join(path.relative_to(home).parts) for path in paths]
+        targets = {path: out / f"{name}.png" for path, name in zip(paths, names)}
+    originals = {path.resolve() for path in paths}
+    for target in targets.values():
+        if target.resolve() in originals:
+            _refuse(f"--out {out} would overwrite the original {target}. Name another place.")
+    return targets
+
+
+def _print_scores(scores: dict[Path, Score], as_json: bool) -> None:
+    from ldm_edu.evaluation.reconstruction import mean_scores
+
+    means = mean_scores(list(scores.values()))
+    if as_json:
+        typer.echo(json.dumps(means, allow_nan=False))
+        return
+    line = "{:6.2f} dB {:7.4f} {:6.2f} dB  {}".format
+    typer.echo("     PSNR    SSIM   bicubic  picture")
+    for path, one in scores.items():
+        typer.echo(line(one.psnr, one.ssim, one.bicubic_psnr, path))
+    typer.echo(line(means["psnr"], means["ssim"], means["bicubic_psnr"], f"mean of {means['images']}"))
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Named as the checkpoint it makes.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/RECIPE.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last saved step.")] = False,
+    size: Annotated[
+        str | None, typer.Option(metavar="cpu|gpu", help="By default, what the device can carry.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; repeatable.")
+    ] = None,
+) -> None:
+    """Train a recipe. An unknown RECIPE or KEY is answered with those there are."""
+    pairs = {}
+    for setting in settings or []:
+        key, equals, value = setting.partition("=")
+        if not (key and equals and value):
+            _refuse(f"--set {setting}: write KEY=VALUE, for example --set batch_size=32")
+        pairs[key] = value
+
+    from ldm_edu import training
+
+    training.recipes.get(recipe)
+    if out is None:
+        out = Path("runs") / recipe
+        out.parent.mkdir(exist_ok=True)
+    training.train(recipe, out, resume=resume, settings=pairs, size=size)
+    typer.echo(out / "checkpoint")
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A committed name, or a folder.")],
+    data: Annotated[Path | None, typer.Option(help="A folder of pictures, for a first stage.")] = None,
+    captions: Annotated[int, typer.Option(help="Captions a group, for a text model.")] = 512,
+    seed: Annotated[int, typer.Option(help="Of scenes and noise, for a text model.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure a checkpoint: a text model's faithfulness to captions, or a first stage's reconstructions.
+
+    Faithfulness is the share of pictures with every object, colour, shape, size and relation as asked.
+    """
+    _at_least(1, "--captions", captions)
+    _at_least(0, "--seed", seed)
+
+    from ldm_edu import checkpoint as checkpoints
+
+    kind = checkpoints.read(checkpoints.find(checkpoint))[0].get("kind")
+    if kind == "autoencoder-kl":
+        if data is None:
+            _refuse(f"{checkpoint} is a first stage: name a folder of pictures with --data FOLDER.")
+        reconstruct(data, checkpoint=checkpoint, as_json=as_json)
+        return
+    if data is not None:
+        _refuse(f"{checkpoint} is a text model, measured on captions of its own: leave out --data.")
+
+    from ldm_edu.evaluation.faithfulness import evaluate as faithfulness
+    from ldm_edu.pipeline import LatentDiffusion
+
+    result = faithfulness(LatentDiffusion.load(checkpoint), captions=captions, seed=seed)
+    if as_json:
+        typer.echo(json.dumps(result, allow_nan=False))
+        return
+    for group, share in result["faithfulness"].items():
+        typer.echo(f"{group:>9} {share:6.1%}")
+    typer.echo(f"{result['captions']} captions a group, seed {result['seed']}")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def lab(context: typer.Context) -> None:
+    """Open JupyterLab on the tour. Further options go to JupyterLab: ldm-edu lab --no-browser --port 9000."""
+    if not TOUR.is_file():
+        _refuse(f"There is no {TOUR}. The notebooks come with a clone of the project; run it from there.")
+    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={TOUR.parent.parent}", str(TOUR)]
+    if hasattr(os, "geteuid") and os.geteuid() == 0:  # in a container, say
+        command.append("--allow-root")
+    raise typer.Exit(subprocess.call([*command, *context.args]))
+
+
+if __name__ == "__main__":
+    main()

@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -336,7 +337,7 @@ def test_writing_cut_short_at_any_moment(how: str, before: dict[str, bytes], tmp
         place.mkdir()
         if before:
             checkpoint.write_folder(place / "model", before)
-        ends.append(run_apart(lambda: checkpoint.write_folder(place / "model", NEW), place, at, how))
+        ends.append(run_apart(partial(checkpoint.write_folder, place / "model", NEW), place, at, how))
         if ends[-1] == "finished" or before or (place / "model").exists():
             whole = contents(checkpoint.find(place / "model"))
             assert whole == NEW or (whole == before and ends[-1] != "finished"), at

@@ -90,7 +90,7 @@ def program(*arguments: object, code: str | None = None, cwd: Path = ROOT) -> su
     command = ["-c", code] if code else ["-m", "ldm_edu.cli", *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
     )
 
 

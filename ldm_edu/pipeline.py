@@ -116,6 +116,7 @@ class LatentDiffusion(nn.Module):
             raise UserError(f"There is no sampler {sampler!r}; there are {', '.join(SAMPLERS)}.")
         timesteps = spaced_timesteps(self.schedule.T, num_steps)
         self.conditioner.tokenize(prompts)
+        autocast(self.device, precision)
         draw = PictureNoise(seeds)
 
         def run() -> Iterator[Step]:

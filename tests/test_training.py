@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -85,8 +86,9 @@ def three_numbers(generator: torch.Generator) -> Tensor:
 
 
 def test_the_loop_is_the_one_of_the_books():
-    settings = Settings(steps=30, learning_rate=0.1, warmup=5, gradient_clip=0.3, ema_decay=0.8, log_every=10)
-    settings = replace(settings, save_every=30)
+    settings = Settings(
+        steps=30, learning_rate=0.1, warmup=5, gradient_clip=0.3, ema_decay=0.8, precision="no", log_every=10
+    )
     readings = []
     trained, bare = Line(), Line()
     history = fit(trained, three_numbers, settings, on_step=lambda step, means: readings.append((step, means)))
@@ -136,8 +138,9 @@ def test_every_step_draws_anew_and_every_seed_differently():
     for seed in (0, 1, 2**32 - 1):
         fit(Line(), lambda g: seen.append(three_numbers(g)) or seen[-1], replace(SHORT, seed=seed))
     assert len(seen) == 18 and len({tuple(batch.flatten().tolist()) for batch in seen}) == 18
-    starts = {step_generator(s, n, p).initial_seed() for s in range(5) for n in range(50) for p in range(8)}
-    assert len(starts) == 5 * 50 * 8
+    places = product(range(5), range(50), range(8))
+    draws = {torch.rand(1, generator=step_generator(*place)).item() for place in places}
+    assert len(draws) >= 5 * 50 * 8 - 3  # 24 bits: a few may be equal by chance
 
 
 # resuming
@@ -229,8 +232,10 @@ def test_old_latents_are_not_taken_for_new_ones(tmp_path: Path):
     assert torch.equal(encode_all(model, get_images, 20, cache)[0], mean) and calls == [20, 16]
 
     def assert_right(model: AutoencoderKL, count: int) -> None:
-        mean = encode_all(model, get_images, count, cache)[0].float()
-        torch.testing.assert_close(mean, model.encode(pictures[:count]).detach(), atol=2e-3, rtol=2e-3)
+        expected = model.encode(pictures[:count]).detach()
+        mean = encode_all(model, get_images, count, cache)[0]
+        assert mean.shape == expected.shape
+        assert (mean - expected).norm() < 0.02 * expected.norm()  # one of them may be in bfloat16
 
     assert_right(model, 20)
     assert_right(model, 12)  # fewer than are kept

@@ -28,8 +28,13 @@ OnStep = Callable[[int, dict[str, float]], None]
 
 
 def step_generator(seed: int, step: int, process: int = 0) -> torch.Generator:
-    """The generator of one step: what a step draws depends on nothing that came before it."""
-    return torch.Generator().manual_seed(((seed * 1009 + process) * 2**40 + step) % 2**63)
+    """The generator of one step: what a step draws depends on nothing that came before it.
+
+    Of a seed, torch's CPU generator uses the lowest 32 bits alone, so the three numbers are mixed into those: steps
+    count up from places that lie far apart for different seeds and processes.
+    """
+    place = (seed * 1009 + process) * 0x9E3779B1
+    return torch.Generator().manual_seed((place + step) % 2**32)
 
 
 def learning_rate(settings: Settings, step: int) -> float:

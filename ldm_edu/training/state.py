@@ -41,8 +41,13 @@ def save_state(
     scalars = {"step": step, **scalars}
     folder = out / f"step-{step:07d}"
     write_folder(folder, {"state.safetensors": data, "state.json": json.dumps(scalars).encode()})
-    for older in set(out.glob("step-*")) - {folder}:  # and what was being written or removed when a run was killed
-        shutil.rmtree(older, ignore_errors=True)
+    _keep_only(folder)
+
+
+def _keep_only(folder: Path) -> None:
+    """Remove the other states beside this one, and what was being written or removed when a run was killed."""
+    for other in set(folder.parent.glob("step-*")) - {folder}:
+        shutil.rmtree(other, ignore_errors=True)
 
 
 def saved_steps(out: Path) -> list[Path]:
@@ -86,6 +91,7 @@ def load_state(
         if name.startswith("optimizer."):
             _, i, key = name.split(".", 2)
             state.setdefault(int(i), {})[key] = tensor
+    _keep_only(folders[-1])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return scalars
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
+from scipy.spatial import cKDTree
 from torch import Tensor
 
 from ldm_edu.datasets.images import contact_sheet, to_uint8
@@ -25,11 +26,7 @@ def png(picture: np.ndarray, colours: int | None = None) -> bytes:
     """A uint8 picture `(H, W, 3)` as the bytes of a PNG file; in at most `colours` colours if given."""
     image = Image.fromarray(picture)
     if colours:
-        greys = np.linspace(INK, PAPER, 16).round().astype(int)  # so that lettering keeps its colour
-        palette = image.quantize(colours - 16).getpalette()[: 3 * (colours - 16)] + greys.flatten().tolist()
-        shared = Image.new("P", (1, 1))
-        shared.putpalette(palette)
-        image = image.quantize(palette=shared, dither=Image.Dither.NONE)
+        image = _in_few_colours(image, colours)
     buffer = io.BytesIO()
     image.save(buffer, format="png", optimize=colours is not None)
     return buffer.getvalue()
@@ -121,6 +118,23 @@ def latent_channels(latents: Tensor, limit: float = 3.0) -> Tensor:
     deviation, mean = torch.std_mean(latents, dim=(2, 3), keepdim=True)
     grey = ((latents - mean) / (limit * deviation.clamp_min(1e-8))).clamp(-1, 1)
     return grey.flatten(0, 1).unsqueeze(1).repeat(1, 3, 1, 1)
+
+
+def _in_few_colours(image: Image.Image, colours: int) -> Image.Image:
+    """The picture with a palette: the octree's colours, and greys, so that lettering stays as it is.
+
+    Each pixel gets the nearest colour; Pillow's own choice is only near, and shows.
+    """
+    greys = np.linspace(INK, PAPER, 16).round()
+    chosen = image.quantize(colours - len(greys), method=Image.Quantize.FASTOCTREE).getpalette()
+    palette = np.concatenate([np.reshape(chosen, (-1, 3)), greys]).astype(np.uint8)
+    red, green, blue = np.asarray(image, dtype=np.int32).reshape(-1, 3).T
+    there, place = np.unique(red << 16 | green << 8 | blue, return_inverse=True)
+    nearest = cKDTree(palette).query(np.stack([there >> 16, there >> 8 & 255, there & 255], axis=1))[1]
+    nearest = nearest.astype(np.uint8)
+    indexed = Image.frombytes("P", image.size, nearest[place].tobytes())
+    indexed.putpalette(palette.tobytes())
+    return indexed
 
 
 @cache

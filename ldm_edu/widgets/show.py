@@ -68,7 +68,7 @@ def show_figure(figure: Figure, alt: str) -> Pictures:
     canvas = FigureCanvasAgg(figure)
     figure.set_dpi(200)
     canvas.draw()
-    return Pictures(img_tag(np.asarray(canvas.buffer_rgba())[..., :3], alt, scale=0.5, colours=64), alt, 1)
+    return Pictures(img_tag(np.asarray(canvas.buffer_rgba())[..., :3], alt, scale=0.5, colours=256), alt, 1)
 
 
 class Pictures:

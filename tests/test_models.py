@@ -1,0 +1,289 @@
+"""The networks: the paper's sizes, shapes, closed forms; τθ learns and matters; a picture hangs on its seed alone."""
+
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+
+from ldm_edu.autoencoder import AutoencoderConfig, AutoencoderKL, DiagonalGaussian, FirstStageObjective
+from ldm_edu.conditioning import TextConditioner
+from ldm_edu.conditioning.text import UnknownWords
+from ldm_edu.layers import Attention, AttentionBlock, Downsample, ResidualBlock, Upsample
+from ldm_edu.pipeline import LatentDiffusion
+from ldm_edu.runtime import PictureNoise, UserError, noise
+from ldm_edu.training.diffusion import DiffusionObjective
+from ldm_edu.unet import SpatialTransformer, UNet, UNetConfig, timestep_embedding
+
+PROMPTS = ["a red star", "a blue circle", "a red circle above a blue star", ""]
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+# sizes
+
+
+def test_the_defaults_are_the_sizes_of_stable_diffusion_1():
+    with torch.device("meta"):
+        assert parameters(UNet(UNetConfig())) == 859_520_964
+        assert parameters(AutoencoderKL(AutoencoderConfig())) == 83_653_863
+
+
+@pytest.mark.parametrize("multipliers, f", [((1,), 1), ((1, 1), 2), ((1, 2, 2), 4), ((1, 1, 2, 2), 8)])
+@pytest.mark.parametrize("size", [(16, 16), (8, 24)])
+def test_the_first_stage_shrinks_by_f(multipliers: tuple[int, ...], f: int, size: tuple[int, int]):
+    model = AutoencoderKL(replace(tiny.AUTOENCODER, channel_multipliers=multipliers, attention_levels=()))
+    images = torch.rand(2, 3, *size) * 2 - 1
+    posterior = model.posterior(images)
+    assert model.f == f and posterior.mean.shape == posterior.logvar.shape == (2, 2, size[0] // f, size[1] // f)
+    assert torch.equal(model.encode(images), posterior.mean)
+    assert model.decode(posterior.mean).shape == images.shape
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 16, 18), (1, 3, 15, 16), (3, 16, 16), (1, 1, 16, 16)])
+def test_pictures_that_do_not_fit_the_first_stage_are_named(shape: tuple[int, ...]):
+    sides = f"{shape[2]} × {shape[3]}" if len(shape) == 4 and shape[1] == 3 else str(shape)
+    with pytest.raises(UserError, match=re.escape(sides)):
+        tiny.first_stage().encode(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("context_channels", [16, None])
+@pytest.mark.parametrize("size", [(4, 4), (8, 2)])
+def test_the_unet_keeps_the_latents_shape(context_channels: int | None, size: tuple[int, int]):
+    config = replace(tiny.UNET, context_channels=context_channels, in_channels=5, scale_shift=True, blocks=2)
+    z, t = torch.randn(3, 5, *size), torch.tensor([0, 500, 999])
+    context = torch.randn(3, 7, 16) if context_channels else None
+    model = tiny.stirred(UNet(config))
+    output = model(z, t, context)
+    assert output.shape == (3, 2, *size) and output.isfinite().all()
+    assert not torch.allclose(output, model(z, t.flip(0), context)), "the timestep does not matter"
+
+
+# closed forms
+
+
+def test_a_new_unet_predicts_zero_and_a_new_block_is_its_shortcut():
+    torch.manual_seed(0)
+    z, t, context = torch.randn(2, 2, 4, 4), torch.tensor([3, 900]), torch.randn(2, 5, 16)
+    assert not UNet(tiny.UNET)(z, t, context).any()
+    x = torch.randn(2, 8, 4, 4)
+    assert torch.equal(SpatialTransformer(8, 2, 16, groups=4)(x, context), x)
+    assert torch.equal(ResidualBlock(8, 8, 16, groups=4, zero_out=True)(x, torch.randn(2, 16)), x)
+    assert not torch.equal(ResidualBlock(8, 8, groups=4)(x), x)
+
+
+@pytest.mark.parametrize("context_channels", [6, None])
+def test_attention_is_softmax_by_hand(context_channels: int | None):
+    torch.manual_seed(0)
+    layer = Attention(8, 2, context_channels)
+    x, context = torch.randn(1, 5, 8), torch.randn(1, 3, 6) if context_channels else None
+    source = x if context is None else context
+    q, k, v = (f(s)[0] for f, s in ((layer.query, x), (layer.key, source), (layer.value, source)))
+    heads = []
+    for head in (slice(0, 4), slice(4, 8)):
+        logits = q[:, head] @ k[:, head].T / math.sqrt(4)
+        weights = logits.exp() / logits.exp().sum(1, keepdim=True)
+        heads.append(weights @ v[:, head])
+    torch.testing.assert_close(layer(x, context)[0], layer.out(torch.cat(heads, 1)))
+    assert layer.query.bias is None and layer.out.bias is not None
+    with pytest.raises(ValueError, match="8 channels.*3 heads"):
+        Attention(8, 3)
+
+
+def test_attention_over_pixels_does_not_know_their_order():
+    torch.manual_seed(0)
+    layer, x = AttentionBlock(8, groups=4), torch.randn(2, 8, 3, 5)
+    order = torch.randperm(15)
+
+    def shuffled(images: Tensor) -> Tensor:
+        return images.flatten(2)[:, :, order].view_as(images)
+
+    torch.testing.assert_close(layer(shuffled(x)), shuffled(layer(x)))
+
+
+def test_the_timestep_embedding_is_cosines_then_sines():
+    t = torch.tensor([0, 1, 37, 999])
+    embedded = timestep_embedding(t, 8)
+    frequencies = [10_000 ** (-i / 4) for i in range(4)]
+    for row, step in zip(embedded.tolist(), t.tolist()):
+        expected = [math.cos(step * w) for w in frequencies] + [math.sin(step * w) for w in frequencies]
+        assert row == pytest.approx(expected, abs=1e-4)
+
+
+def test_halving_pads_as_its_network_does_and_doubling_repeats():
+    x = torch.zeros(1, 1, 4, 4)
+    x[..., 0, 0] = 1
+    for symmetric in (True, False):
+        layer = Downsample(1, symmetric)
+        nn.init.ones_(layer.conv.weight), nn.init.zeros_(layer.conv.bias)
+        corner = layer(x.flip(2, 3))[..., -1, -1].item(), layer(x)[..., 0, 0].item()
+        assert layer(x).shape == (1, 1, 2, 2) and corner == (1, 1)
+        one_in = torch.zeros(1, 1, 4, 4)
+        one_in[..., 2, 2] = 1  # under the first window if it starts at 0, under the second alone if it starts at -1
+        assert layer(one_in)[..., 0, 0].item() == (0 if symmetric else 1)
+    layer = Upsample(1)
+    nn.init.dirac_(layer.conv.weight), nn.init.zeros_(layer.conv.bias)
+    small = torch.arange(6.0).view(1, 1, 2, 3)
+    assert torch.equal(layer(small), small.repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+
+def test_the_posterior_is_a_normal_distribution():
+    moments = torch.randn(2, 4, 3, 3) * 0.5
+    moments[0, 2, 0, 0], moments[0, 3, 0, 0] = -100, 100
+    posterior = DiagonalGaussian.from_moments(moments)
+    assert posterior.logvar.min() == -30 and posterior.logvar.max() == 20
+    posterior = DiagonalGaussian(torch.full((1, 2, 100, 100), 0.3), torch.full((1, 2, 100, 100), -1.0))
+    sample = posterior.sample(torch.Generator().manual_seed(0))
+    assert sample.mean().item() == pytest.approx(0.3, abs=0.02)
+    assert sample.var().item() == pytest.approx(math.exp(-1), rel=0.05)
+    normal = torch.distributions.Normal(posterior.mean, (posterior.logvar / 2).exp())
+    expected = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0)).sum((1, 2, 3))
+    torch.testing.assert_close(posterior.kl(), expected)
+
+
+def test_the_first_stage_learns_through_every_weight():
+    torch.manual_seed(0)
+    model = AutoencoderKL(tiny.AUTOENCODER)
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    loss, readings = FirstStageObjective(model, kl_weight=1e-3)(images, torch.Generator().manual_seed(0))
+    loss.backward()
+    # A bias of the keys shifts all logits of a softmax alike: it has no effect, and no gradient but rounding.
+    without = [n for n, p in model.named_parameters() if not p.grad.abs().max() > 1e-9 and not n.endswith("key.bias")]
+    assert without == []
+    assert loss.item() == pytest.approx(readings["l1"].item() + 1e-3 * readings["kl"].item(), rel=1e-5)
+
+
+# τθ
+
+
+@pytest.fixture(scope="module")
+def model() -> LatentDiffusion:
+    return tiny.latent_diffusion()
+
+
+def test_every_weight_of_the_conditioner_learns():
+    model = tiny.latent_diffusion()
+    model.unet = UNet(tiny.UNET)  # as training begins: with zeros that let no gradient through at first
+    objective = DiffusionObjective(model, condition_dropout=0.1)
+    optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
+    tokens, z0 = model.conditioner.tokenize(PROMPTS), torch.randn(4, 2, 4, 4)
+    for step in range(4):
+        optimizer.zero_grad()
+        loss, _ = objective((z0, tokens), torch.Generator().manual_seed(step))
+        loss.backward()
+        optimizer.step()
+        learning = [n for n, p in model.conditioner.named_parameters() if p.grad is not None and p.grad.any()]
+        assert step or not learning
+    names = {n for n, _ in model.conditioner.named_parameters() if not n.endswith("key.bias")}  # see above
+    assert len(names) > 20 and names <= set(learning), names - set(learning)
+
+
+def test_another_caption_is_another_picture(model: LatentDiffusion):
+    arguments = dict(num_steps=4, guidance_scale=2.0)
+    one, again, other = (model.sample(p, **arguments) for p in ("a red star", "a red star", "a blue circle"))
+    assert torch.equal(one, again) and (one - other).abs().mean() > 1e-3
+    assert (one - model.sample("a red star", seeds=1, **arguments)).abs().mean() > 1e-2
+
+
+def test_unknown_words_are_named_with_the_vocabulary(model: LatentDiffusion):
+    with pytest.raises(UnknownWords, match="'green', 'dog'.*a, above, blue, circle, red, star") as error:
+        model.steps("a green dog above a green star")
+    assert "'above'" not in str(error.value) and "[PAD]" not in str(error.value)
+    assert torch.equal(model.conditioner.tokenize(["A RED star"]), model.conditioner.tokenize(["a red star"]))
+
+
+def test_a_prompt_that_is_too_long_is_named(model: LatentDiffusion):
+    fits = "a red star above a red star above"
+    assert model.conditioner.tokenize([fits]).shape == (1, 8)
+    with pytest.raises(UserError, match="9 tokens.*reads 8.*above a'"):
+        model.steps(fits + " a")
+
+
+def test_the_empty_caption_is_padding_alone(model: LatentDiffusion):
+    tokens = model.conditioner.tokenize(["", "a red star"])
+    assert tokens[0].unique().tolist() == [model.conditioner.tokenizer.pad_token_id]
+    assert model.context(["", "a red star"]).shape == (2, 8, 16)
+
+
+def test_a_pretrained_encoder_is_frozen_and_its_absence_worded(tmp_path: Path):
+    tokenizer = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "star": 2}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    fast.save_pretrained(tmp_path / "clip")
+    config = CLIPTextConfig(
+        vocab_size=3, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=8, eos_token_id=1,
+    )  # fmt: skip
+    CLIPTextModel(config).save_pretrained(tmp_path / "clip")
+    encoder = TextConditioner.from_pretrained(tmp_path / "clip", length=8)
+    assert encoder.frozen and not any(p.requires_grad for p in encoder.parameters()) and encoder.channels == 16
+    assert encoder(encoder.tokenize(["star star", ""])).shape == (2, 8, 16)
+    with pytest.raises(UserError, match="nowhere"):
+        TextConditioner.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="GPT2Model"):
+        TextConditioner.from_pretrained(tmp_path / "clip", encoder="GPT2Model")
+
+
+# a picture hangs on its seed alone
+
+
+def test_noise_does_not_depend_on_the_batch():
+    shape = (2, 4, 4)
+    together = noise(shape, [5, 6, 7])
+    assert together.shape == (3, *shape) and torch.equal(together[1], noise(shape, [6])[0])
+    assert torch.equal(together.flip(0), noise(shape, [7, 6, 5]))
+    assert not torch.equal(together[0], together[1])
+    one, several = PictureNoise([6]), PictureNoise([5, 6])
+    draws = [(one(shape)[0], several(shape)[1]) for _ in range(3)]  # each goes on where it stopped
+    assert all(torch.equal(a, b) for a, b in draws) and not torch.equal(draws[0][0], draws[1][0])
+
+
+@pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 1.0), ("ddpm", 0.0)])
+def test_a_picture_is_the_same_at_any_batch_size(model: LatentDiffusion, sampler: str, eta: float):
+    arguments = dict(num_steps=5, sampler=sampler, eta=eta, precision="float32")
+    together = model.sample(PROMPTS, seeds=3, **arguments)
+    assert together.shape == (4, 3, 16, 16) and -1 <= together.min() and together.max() <= 1
+    for i, prompt in enumerate(PROMPTS):
+        alone = model.sample(prompt, seeds=[3 + i], **arguments)
+        torch.testing.assert_close(alone[0], together[i], atol=1e-4, rtol=0)
+
+
+def test_the_steps_of_a_model(model: LatentDiffusion):
+    steps = list(model.steps(PROMPTS[:2], num_steps=4, seeds=[8, 9]))
+    assert [s.t for s in steps] == [999, 749, 499, 249, -1]
+    assert torch.equal(steps[0].z, noise((2, 4, 4), [8, 9])) and torch.equal(steps[-1].z, steps[-1].z0)
+    assert torch.equal(model.to_image(steps[-1].z), model.sample(PROMPTS[:2], num_steps=4, seeds=[8, 9]))
+    assert not any(s.z.requires_grad for s in steps) and torch.is_grad_enabled()
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    torch.testing.assert_close(model.to_latent(images), model.first_stage.encode(images) * 0.7)
+    restored = model.first_stage.decode(model.first_stage.encode(images)).clamp(-1, 1)
+    torch.testing.assert_close(model.to_image(model.to_latent(images)), restored, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (dict(num_steps=0), "between 1 and 1000; it is 0"), (dict(num_steps=-3), "-3"), (dict(num_steps=1001), "1001"),
+        (dict(guidance_scale=float("nan")), "nan"), (dict(guidance_scale=-1), "-1"),
+        (dict(guidance_scale=float("inf")), "inf"), (dict(eta=1.5), "1.5"), (dict(eta=float("nan")), "nan"),
+        (dict(sampler="euler"), "'euler'.*ddim, ddpm"), (dict(seeds=[1, 2]), "1 prompts, 2 seeds"),
+        (dict(seeds=[]), "0 seeds"), (dict(prompts=[]), "0 prompts"), (dict(precision="fp8"), "'fp8'"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_named_before_anything_runs(model: LatentDiffusion, arguments: dict, words: str):
+    with pytest.raises(UserError, match=words):
+        model.steps(**{"prompts": "a red star"} | arguments)
+
+
+@pytest.mark.parametrize("arguments", [dict(prediction="score"), dict(latent_scale=0.0), dict(latent_scale=math.nan)])
+def test_a_model_of_wrong_parts_is_refused(model: LatentDiffusion, arguments: dict):
+    with pytest.raises(UserError, match=str(*arguments.values())):
+        LatentDiffusion(model.first_stage, model.unet, model.conditioner, model.schedule, **arguments)

@@ -232,6 +232,18 @@ def test_a_pretrained_encoder_is_frozen_and_its_absence_worded(tmp_path: Path):
         TextConditioner.from_pretrained(tmp_path / "clip", encoder="GPT2Model")
 
 
+def test_a_pretrained_bert_comes_back_from_its_configuration(tmp_path: Path):
+    own = TextConditioner.from_words(["a", "red", "star"], length=8, channels=16, layers=1, heads=2)
+    own.tokenizer.save_pretrained(tmp_path / "bert")
+    own.encoder.save_pretrained(tmp_path / "bert")
+    loaded = TextConditioner.from_pretrained(tmp_path / "bert", encoder="BertModel", length=8)
+    again = TextConditioner.from_config(loaded.config())
+    again.load_state_dict(loaded.state_dict())
+    tokens = own.tokenize(["a red star"])
+    torch.testing.assert_close(loaded(tokens), own(tokens))
+    torch.testing.assert_close(again(tokens), own(tokens))
+
+
 # a picture hangs on its seed alone
 
 

@@ -75,7 +75,8 @@ class TextConditioner(nn.Module):
         """
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
-            model = _encoder_class(encoder).from_pretrained(name)
+            kind = _encoder_class(encoder)
+            model = kind.from_pretrained(name, **_without_pooling(kind))
         except OSError as error:
             raise UserError(
                 f"Cannot load {encoder} from {str(name)!r}: {str(error).splitlines()[0]}"
@@ -133,8 +134,7 @@ class TextConditioner(nn.Module):
     def from_config(cls, config: dict[str, Any]) -> TextConditioner:
         """What `config` describes, with untrained weights."""
         kind = _encoder_class(config["encoder"])
-        arguments = {"add_pooling_layer": False} if kind is BertModel else {}
-        encoder = kind(kind.config_class(**config["encoder_config"]), **arguments)
+        encoder = kind(kind.config_class(**config["encoder_config"]), **_without_pooling(kind))
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=Tokenizer.from_str(config["tokenizer"]), **config["special_tokens"]
         )
@@ -149,3 +149,8 @@ def _encoder_class(name: str) -> type[PreTrainedModel]:
     if name not in ENCODERS:
         raise UserError(f"The text encoder is one of {', '.join(ENCODERS)}, not {name!r}.")
     return getattr(transformers, name)
+
+
+def _without_pooling(kind: type[PreTrainedModel]) -> dict[str, bool]:
+    """BERT's pooling layer would be weights that nothing uses."""
+    return {"add_pooling_layer": False} if kind is BertModel else {}

@@ -186,6 +186,42 @@ def test_every_weight_of_the_conditioner_learns():
     assert len(names) > 20 and names <= set(learning), names - set(learning)
 
 
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_the_objective_is_equation_3(prediction: str):
+    model = tiny.latent_diffusion(prediction=prediction)
+    z0, tokens = torch.randn(4, 2, 4, 4), model.conditioner.tokenize(PROMPTS)
+    asked, captions = [], []
+
+    def unet(z: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        asked.append((z, t, context))
+        return torch.full_like(z, 0.5)
+
+    def loss_of(dropout: float, seed: int) -> Tensor:
+        objective = DiffusionObjective(model, dropout)
+        objective._modules["unet"] = unet  # in place of the network
+        loss, readings = objective((z0, tokens), torch.Generator().manual_seed(seed))
+        captions.append(asked[-1][2])
+        return loss
+
+    loss = loss_of(0.0, 1)
+    z, t, context = asked[0]
+    level = model.schedule.alphas_cumprod[t].float().view(-1, 1, 1, 1)
+    epsilon = (z - level.sqrt() * z0) / (1 - level).sqrt()
+    assert epsilon.mean().abs() < 0.4 and 0.7 < epsilon.std() < 1.3 and t.unique().numel() > 1
+    target = {"eps": epsilon, "x0": z0, "v": level.sqrt() * epsilon - (1 - level).sqrt() * z0}[prediction]
+    torch.testing.assert_close(loss, (target - 0.5).square().mean(), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(context, model.context(PROMPTS))
+    assert loss_of(0.0, 1) == loss and torch.equal(asked[1][0], z)
+    loss_of(0.0, 2)
+    assert not torch.equal(asked[2][0], z)
+    # Condition dropout: the empty caption in place of all of them, or of some.
+    loss_of(1.0, 1), [loss_of(0.5, seed) for seed in range(20)]
+    empty = model.context([""])
+    torch.testing.assert_close(captions[3], empty.expand(4, -1, -1))
+    shares = [(c - empty).flatten(1).abs().amax(1) < 1e-6 for c in captions[4:]]
+    assert 0.3 < torch.stack(shares)[:, :3].float().mean() < 0.7  # the fourth prompt is empty anyway
+
+
 def test_another_caption_is_another_picture(model: LatentDiffusion):
     arguments = dict(num_steps=4, guidance_scale=2.0)
     one, again, other = (model.sample(p, **arguments) for p in ("a red star", "a red star", "a blue circle"))

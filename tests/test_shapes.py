@@ -66,6 +66,21 @@ def test_a_scene_depends_on_seed_and_index_alone(
             torch.testing.assert_close(alone[name], shuffled[name][place], **slack)
 
 
+def test_the_scenes_are_those_that_the_checkpoints_learned():
+    """Whoever changes what is drawn or said must train again."""
+    scenes = ShapeScenes(64, seed=0)
+    assert scenes.captions(range(4)) == [
+        "one little orange square",
+        "one large blue ring",
+        "there is an orange ring above a red heart, and a green heart to the left of the red heart",
+        "there is a small cyan cross",
+    ]
+    means = [[0.0649, 0.0629, 0.0177], [0.2062, 0.2869, 0.3081], [0.2747, 0.1709, 0.1004], [-0.2648, -0.2787, -0.2960]]
+    torch.testing.assert_close(scenes.images(range(4)).mean((2, 3)), torch.tensor(means), atol=2e-4, rtol=0)
+    held_out = {(SHAPE_NAMES[s], COLOUR_NAMES[c]) for s, c in PAIRS[HELD_OUT].tolist()}
+    assert {("square", "red"), ("star", "orange"), ("heart", "yellow"), ("diamond", "purple")} < held_out
+
+
 def test_other_seeds_and_indices_are_other_scenes(many: ShapeScenes):
     index = range(100)
     pictures = torch.cat([many.images(index), ShapeScenes(64, seed=4).images(index)])
@@ -311,6 +326,21 @@ def test_blur_is_measured_against_the_picture_not_in_pixels():
 
 def test_half_mixed_scenes_are_refused(renders: Tensor):
     assert share_refused((renders + renders.roll(1, 0)) / 2) >= 0.95
+
+
+def test_outlines_that_are_none_of_the_shapes_are_refused():
+    down, across = torch.meshgrid(torch.arange(64) - 32.0, torch.arange(64) - 32.0, indexing="ij")
+    box, disc = (across.abs() < 12) & (down.abs() < 12), torch.hypot(across, down) < 13
+    outlines = [
+        (across.abs() < 14) & (down.abs() < 4),  # a bar
+        disc & (down > 0),  # half a disc
+        disc & (torch.hypot(across - 6, down) > 11),  # a crescent
+        box & ~((across > -4) & (down < 4)),  # an L
+        box & ~((across.abs() < 6) & (down.abs() > 3)),  # an H
+    ]
+    red = (torch.tensor(PALETTE["red"]) / 127.5 - 1)[:, None, None]
+    for outline in outlines:
+        assert "none of the shapes" in read_scene(torch.where(outline, red, 0.0)).refused
 
 
 def test_a_noisy_scene_is_not_read_as_another(renders: Tensor, wanted: list[tuple[Thing, ...]]):

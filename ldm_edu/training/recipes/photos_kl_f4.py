@@ -16,7 +16,7 @@ from ldm_edu.training.fit import OnStep
 
 NAME = "photos-kl-f4"
 ABOUT = """First stage (section 3.1 of the paper) for photographs: f = 4, four latent channels, KL. The training starts
-from the weights of shapes-kl-f4: from random ones it takes several times as long to find colours and edges.
+from the weights of shapes-kl-f4, to save time; how much that saves was not measured.
 
 Data: the training pictures of Caltech-101 (L. Fei-Fei, R. Fergus, P. Perona, CVPR Workshop 2004; the collection is
 tagged CC BY 4.0, the photographs come from the web and their individual rights are not cleared), without pictures of

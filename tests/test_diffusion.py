@@ -1,0 +1,358 @@
+"""The noise schedule, what a network predicts, DDIM and DDPM against diffusers' step by step, guidance, an oracle."""
+
+import math
+import re
+from itertools import pairwise
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ldm_edu.diffusion import (
+    PREDICTIONS,
+    Schedule,
+    ddim,
+    ddpm,
+    guided,
+    spaced_timesteps,
+    split_prediction,
+    training_target,
+)
+from ldm_edu.runtime import UserError
+
+KINDS = {  # ours, and diffusers' name for the same
+    "linear": ("linear", 1e-4, 0.02),
+    "sqrt_linear": ("scaled_linear", 0.00085, 0.012),
+    "cosine": ("squaredcos_cap_v2", 0.0, 0.999),
+}
+THEIR_PREDICTION = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+
+
+@pytest.fixture(scope="module")
+def theirs() -> ModuleType:
+    """diffusers' schedulers."""
+    return pytest.importorskip("diffusers.schedulers", reason="compares with diffusers, of the extra [test]")
+
+
+def schedule(kind: str = "sqrt_linear", T: int = 1000) -> Schedule:
+    return Schedule(kind, T, *KINDS[kind][1:])
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# the schedule
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_schedules_are_those_of_diffusers(kind: str, theirs: ModuleType):
+    name, start, end = KINDS[kind]
+    own = schedule(kind)
+    other = theirs.DDPMScheduler(1000, beta_schedule=name, beta_start=start, beta_end=end)
+    torch.testing.assert_close(own.betas.float(), other.betas, rtol=1e-6, atol=1e-9)
+    # Their product of a thousand factors is in single precision; in double precision it is ours.
+    assert own.alphas_cumprod.dtype == torch.float64
+    torch.testing.assert_close(own.alphas_cumprod.float(), other.alphas_cumprod, rtol=2e-5, atol=0)
+    product = torch.cumprod(1 - other.betas.double(), 0)
+    torch.testing.assert_close(own.alphas_cumprod[:-1], product[:-1], rtol=1e-6, atol=0)
+
+
+def test_closed_forms():
+    steps = torch.arange(1000, dtype=torch.float64) / 999
+    torch.testing.assert_close(schedule("linear").betas, 1e-4 + (0.02 - 1e-4) * steps)
+    root = 0.00085**0.5 + (0.012**0.5 - 0.00085**0.5) * steps
+    torch.testing.assert_close(schedule("sqrt_linear").betas, root**2)
+    t = (torch.arange(1000, dtype=torch.float64) + 1) / 1000
+    level = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
+    torch.testing.assert_close(schedule("cosine").alphas_cumprod[:-1], level[:-1], rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("T", [1, 2, 50, 1000])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_signal_only_falls(kind: str, T: int):
+    own = schedule(kind, T)
+    levels = [1.0, *own.alphas_cumprod.tolist()]
+    assert len(levels) == T + 1 and all(1 >= a > b > 0 for a, b in pairwise(levels))
+    again = Schedule(**own.config())
+    assert torch.equal(again.betas, own.betas) and again.config() == own.config()
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        (dict(kind="sine"), "sine"), (dict(T=0), "T=0"), (dict(start=-1), "start=-1"), (dict(end=1.0), "end=1.0"),
+        (dict(start=0.5, end=0.1), "start=0.5"), (dict(start=float("nan")), "nan"),
+    ],
+)  # fmt: skip
+def test_what_is_no_schedule_is_named(arguments: dict, word: str):
+    with pytest.raises(UserError, match=re.escape(word)):
+        Schedule(**arguments)
+
+
+def test_noise_has_the_moments_of_equation_4():
+    own, z0 = schedule(), torch.tensor([[[[1.5]]], [[[-0.5]]], [[[0.0]]]]).expand(3, 1, 200, 200)
+    t = torch.tensor([0, 500, 999])
+    z = own.add_noise(z0, normal(3, 1, 200, 200), t)
+    level = own.alphas_cumprod[t].float()
+    torch.testing.assert_close(z.mean((1, 2, 3)), level.sqrt() * z0[:, 0, 0, 0], atol=0.025, rtol=0)  # 5 errors
+    torch.testing.assert_close(z.var((1, 2, 3)), 1 - level, atol=0, rtol=0.04)
+    assert z.dtype == torch.float32
+    torch.testing.assert_close(own.at(t, z), level.view(3, 1, 1, 1))
+
+
+# what the network predicts
+
+
+@settings(max_examples=60, deadline=None)
+@given(prediction=st.sampled_from(PREDICTIONS), t=st.integers(0, 999), seed=st.integers(0, 2**31))
+def test_what_it_is_taught_means_what_it_was_made_of(prediction: str, t: int, seed: int):
+    z0, noise = normal(2, 1, 2, 3, 3, seed=seed).double()
+    own = schedule()
+    level = own.alphas_cumprod[t]
+    target = training_target(prediction, z0, noise, level)
+    z = own.add_noise(z0, noise, torch.tensor([t]))
+    back, epsilon = split_prediction(prediction, target, z, level)
+    torch.testing.assert_close(back, z0, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(epsilon, noise, rtol=1e-9, atol=1e-9)
+
+
+def test_the_targets_themselves(theirs: ModuleType):
+    z0, noise = normal(2, 4, 2, 3, 3)
+    t, own = torch.tensor([0, 10, 500, 999]), schedule()
+    scheduler = theirs.DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    level = own.at(t, z0)
+    assert training_target("eps", z0, noise, level) is noise and training_target("x0", z0, noise, level) is z0
+    torch.testing.assert_close(training_target("v", z0, noise, level), scheduler.get_velocity(z0, noise, t))
+    torch.testing.assert_close(own.add_noise(z0, noise, t), scheduler.add_noise(z0, noise, t))
+
+
+def test_an_unknown_prediction_is_named():
+    for call in (training_target, split_prediction):
+        with pytest.raises(UserError, match="eps, x0, v, not 'score'"):
+            call("score", torch.zeros(1), torch.zeros(1), torch.ones(1))
+
+
+# the samplers
+
+
+class Network:
+    """Answers every call with other numbers, and remembers its calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def __call__(self, z: Tensor, t: Tensor) -> Tensor:
+        assert t.shape == (len(z),) and t.unique().numel() == 1
+        self.calls.append(int(t[0]))
+        return 0.6 * torch.tanh(z.flip(-1)) + 0.4 * normal(*z.shape, seed=int(t[0]))
+
+
+class Draws:
+    """Fresh noise at each call, kept, so that the other side gets the same."""
+
+    def __init__(self) -> None:
+        self.drawn: list[Tensor] = []
+
+    def __call__(self, shape: torch.Size) -> Tensor:
+        self.drawn.append(normal(2, *shape, seed=1000 + len(self.drawn)))
+        return self.drawn[-1]
+
+
+def assert_same_step(ours: Tensor, theirs: Tensor) -> None:
+    """1e-5 of the largest number (z0 can be a hundred at t = 999, where it is a difference divided by 0.07)."""
+    torch.testing.assert_close(ours, theirs, atol=1e-5 * max(1.0, theirs.abs().max().item()), rtol=0)
+
+
+def test_spaced_timesteps(theirs: ModuleType):
+    assert spaced_timesteps(1000, 4) == [999, 749, 499, 249] and spaced_timesteps(1000, 1) == [999]
+    scheduler = theirs.DDIMScheduler(timestep_spacing="trailing")
+    for number in (1, 2, 3, 7, 10, 25, 30, 50, 64, 250, 333, 999, 1000):
+        scheduler.set_timesteps(number)
+        assert spaced_timesteps(1000, number) == scheduler.timesteps.tolist(), number
+    for number in (0, -1, 1001):
+        with pytest.raises(UserError, match=f"between 1 and 1000; it is {number}"):
+            spaced_timesteps(1000, number)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), T=st.integers(1, 2000))
+def test_spaced_timesteps_fall_from_the_noisiest(data: st.DataObject, T: int):
+    number = data.draw(st.integers(1, T))
+    steps = spaced_timesteps(T, number)
+    assert len(steps) == number and steps[0] == T - 1 and steps[-1] >= 0
+    assert all(a > b for a, b in pairwise(steps))
+
+
+@pytest.mark.parametrize("num_steps", [10, 50])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_ddim_steps_as_in_diffusers(prediction: str, eta: float, num_steps: int, theirs: ModuleType):
+    """Spacing "trailing", no clipping, the last step to a clean latent (set_alpha_to_one); the same noise."""
+    levels, draws = schedule().alphas_cumprod.float(), Draws()
+    scheduler = theirs.DDIMScheduler(
+        clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing",
+        prediction_type=THEIR_PREDICTION[prediction],
+    )  # fmt: skip
+    scheduler.alphas_cumprod = levels
+    scheduler.set_timesteps(num_steps)
+    network, start = Network(), normal(2, 3, 4, 4)
+    ours = list(ddim(network, start, levels, scheduler.timesteps.tolist(), prediction, eta, draws))
+    assert len(draws.drawn) == (num_steps - 1 if eta else 0)  # the last step adds none
+    loop = start
+    for i, (step, following) in enumerate(pairwise(ours)):
+        fresh = draws.drawn[i] if i < len(draws.drawn) else torch.zeros_like(start)
+
+        def theirs_from(z: Tensor, t: int = step.t, fresh: Tensor = fresh) -> tuple[Tensor, Tensor]:
+            output = Network()(z, torch.full((2,), t))
+            answer = scheduler.step(output, t, z, eta=eta, variance_noise=fresh if eta else None)
+            return answer.prev_sample, answer.pred_original_sample
+
+        z, z0 = theirs_from(step.z)
+        assert_same_step(following.z, z)
+        assert_same_step(step.z0, z0)
+        loop = theirs_from(loop)[0]
+    assert (ours[-1].z - loop).abs().max() < 1e-4 * loop.abs().max()
+
+
+@pytest.mark.parametrize("T, num_steps", [(1000, 10), (40, 40)])
+@pytest.mark.parametrize("variance", ["posterior", "beta"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_ddpm_steps_as_in_diffusers(
+    prediction: str, variance: str, T: int, num_steps: int, theirs: ModuleType, monkeypatch: pytest.MonkeyPatch
+):
+    """As above; noise is injected. Unless it is at t = 0, diffusers adds noise in its last step too; we never do."""
+    levels, draws = schedule(T=T).alphas_cumprod.float(), Draws()
+    scheduler = theirs.DDPMScheduler(
+        T, clip_sample=False, timestep_spacing="trailing", prediction_type=THEIR_PREDICTION[prediction],
+        variance_type={"posterior": "fixed_small", "beta": "fixed_large"}[variance],
+    )  # fmt: skip
+    scheduler.alphas_cumprod = levels
+    scheduler.set_timesteps(num_steps)
+    start = normal(2, 3, 4, 4)
+    ours = list(ddpm(Network(), start, levels, scheduler.timesteps.tolist(), prediction, variance, draws))
+    assert len(draws.drawn) == num_steps - 1
+    for i, (step, following) in enumerate(pairwise(ours)):
+        fresh = draws.drawn[i] if i < len(draws.drawn) else torch.zeros_like(start)
+        monkeypatch.setattr(
+            "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, fresh=fresh, **__: fresh
+        )
+        answer = scheduler.step(Network()(step.z, torch.full((2,), step.t)), step.t, step.z)
+        assert_same_step(following.z, answer.prev_sample)
+        assert_same_step(step.z0, answer.pred_original_sample)
+
+
+@pytest.mark.parametrize("num_steps", [1, 4, 1000])
+@pytest.mark.parametrize("sampler", [ddim, ddpm])
+def test_the_stream_of_steps(sampler, num_steps: int):
+    timesteps, network, start = spaced_timesteps(1000, num_steps), Network(), normal(2, 3, 4, 4)
+    steps = list(sampler(network, start, schedule().alphas_cumprod, timesteps, "v", draw=Draws()))
+    assert steps[0].z is start and [s.t for s in steps] == [*timesteps, -1] == [*network.calls, -1]
+    assert steps[-1].z is steps[-1].z0 and torch.equal(steps[-1].z, steps[-2].z0)
+    assert all(s.z.shape == s.z0.shape == start.shape and s.z.dtype == torch.float32 for s in steps)
+
+
+def test_a_sampler_works_only_when_asked():
+    network = Network()
+    stream = ddim(network, normal(2, 3, 4, 4), schedule().alphas_cumprod, spaced_timesteps(1000, 10))
+    assert network.calls == []
+    next(stream), next(stream)
+    assert network.calls == [999, 899]
+
+
+@pytest.mark.parametrize("num_steps", [10, 1000])
+def test_ddim_at_eta_1_is_ddpm(num_steps: int):
+    """Mean and variance of every step: with the same noise they walk the same way."""
+    common = (normal(2, 3, 4, 4).double(), schedule().alphas_cumprod, spaced_timesteps(1000, num_steps))
+    network = Network()
+    one = list(ddim(network, *common, eta=1.0, draw=Draws()))
+    other = list(ddpm(network, *common, draw=Draws()))
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a.z, b.z, rtol=1e-6, atol=1e-8)
+
+
+def test_samplers_that_add_noise_ask_where_from():
+    common = (Network(), normal(2, 3, 4, 4), schedule().alphas_cumprod, [999, 499])
+    for stream in (ddim(*common, eta=0.3), ddpm(*common)):
+        with pytest.raises(UserError, match="draw"):
+            next(stream)
+    with pytest.raises(UserError, match="'learned'"):
+        next(ddpm(*common, variance="learned", draw=Draws()))
+
+
+# guidance
+
+
+class Conditioned:
+    """A network whose answer is linear in its context; it counts its calls and their sizes."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def __call__(self, z: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        self.sizes.append(len(z))
+        assert len(z) == len(t) == len(context)
+        return torch.sin(z) + context.mean((1, 2)).view(-1, 1, 1, 1) * torch.cos(z) + t.view(-1, 1, 1, 1) / 1000
+
+
+def test_guidance_goes_from_without_through_with_and_beyond():
+    network, z, t = Conditioned(), normal(2, 3, 4, 4), torch.tensor([500, 500])
+    context, null = normal(2, 5, 6, seed=1), normal(2, 5, 6, seed=2)
+    answers = {scale: guided(network, context, null, scale)(z, t) for scale in (0, 0.5, 1, 3, 7.5)}
+    assert network.sizes == [4, 4, 2, 4, 4]  # one batch for both predictions; at scale 1 only one of them
+    with_condition, without = network(z, t, context), network(z, t, null)
+    torch.testing.assert_close(answers[0], without)
+    torch.testing.assert_close(answers[1], with_condition)
+    for scale, answer in answers.items():
+        torch.testing.assert_close(answer, without + scale * (with_condition - without), atol=1e-5, rtol=1e-5)
+    assert (answers[3] - answers[1]).abs().max() > 0.01
+
+
+# an oracle: for data N(mean, std²), what the best network answers is a formula
+
+MEAN, STD = 0.7, 0.5
+
+
+def oracle(levels: Tensor, prediction: str):
+    """E[target | z_t] for independent numbers from N(MEAN, STD²)."""
+
+    def denoiser(z: Tensor, t: Tensor) -> Tensor:
+        level = levels[t[0]]
+        variance = level * STD**2 + 1 - level
+        epsilon = (1 - level).sqrt() * (z - level.sqrt() * MEAN) / variance
+        z0 = (z - (1 - level).sqrt() * epsilon) / level.sqrt()
+        return training_target(prediction, z0, epsilon, level)
+
+    return denoiser
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_ddim_with_the_best_network_follows_the_exact_path(kind: str, prediction: str):
+    """The path keeps (z - its mean) / (its standard deviation); every number of the noise is a data point then."""
+    levels, noise = schedule(kind).alphas_cumprod, normal(1, 1, 100, 100).double()
+    last = levels[-1]
+    exact = MEAN + STD * (noise - last.sqrt() * MEAN) / (last * STD**2 + 1 - last).sqrt()
+    errors = []
+    for num_steps in (20, 100, 1000):
+        *_, end = ddim(oracle(levels, prediction), noise, levels, spaced_timesteps(1000, num_steps), prediction)
+        errors.append((end.z - exact).abs().max().item())
+    assert errors[0] > 3 * errors[1] > 9 * errors[2] and errors[2] < 0.02, errors
+    assert end.z.mean().item() == pytest.approx(MEAN, abs=0.05) and end.z.std().item() == pytest.approx(STD, abs=0.02)
+
+
+@pytest.mark.parametrize("variance", ["posterior", "beta"])
+def test_ddpm_with_the_best_network_has_the_right_moments(variance: str):
+    levels = schedule().alphas_cumprod
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(1, 1, 120, 120, generator=generator, dtype=torch.float64)
+
+    def draw(shape: torch.Size) -> Tensor:
+        return torch.randn(1, *shape, generator=generator, dtype=torch.float64)
+
+    *_, end = ddpm(oracle(levels, "eps"), start, levels, spaced_timesteps(1000, 1000), "eps", variance, draw)
+    assert end.z.mean().item() == pytest.approx(MEAN, abs=0.025)
+    assert end.z.std().item() == pytest.approx(STD, abs=0.02)

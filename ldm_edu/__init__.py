@@ -9,7 +9,8 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 # Threads that wait for work spin for a moment, then sleep. OpenMP's default is to spin for long, which can
-# slow a shared machine down; by how much varied widely from run to run. Read when torch is imported; set either one to change it.
+# slow a shared machine down; by how much varied widely from run to run. Read when torch is imported; set either
+# one to change it.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 

@@ -171,7 +171,7 @@ def reconstruct(
     RGB at 8 bits, mean of the pictures' values. A picture is padded by reflection to a multiple of the first
     stage's f, and cropped back. The bicubic copy is the picture shrunk by f and enlarged again.
     """
-    from ldm_edu.autoencoder import AutoencoderKL
+    from ldm_edu.autoencoder import FirstStage
     from ldm_edu.datasets.metadata import list_pictures
     from ldm_edu.evaluation.reconstruction import score_files
     from ldm_edu.runtime import pick_device
@@ -179,7 +179,7 @@ def reconstruct(
     paths = [entry.path for entry in list_pictures(source)] if source.is_dir() else [source]
     targets = {} if out is None else _targets(source, paths, out)
     device = pick_device()
-    first_stage = AutoencoderKL.load(checkpoint).to(device)
+    first_stage = FirstStage.load(checkpoint).to(device)
     _print_scores(score_files(first_stage, paths, targets, device), as_json)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm_edu import checkpoint
-from ldm_edu.autoencoder import AutoencoderConfig, AutoencoderKL
+from ldm_edu.autoencoder import FirstStage
 from ldm_edu.conditioning import TextConditioner
 from ldm_edu.diffusion import PREDICTIONS, Schedule, Step, ddim, ddpm, guided, spaced_timesteps
 from ldm_edu.runtime import PictureNoise, UserError, autocast, batches, pick_device
@@ -36,7 +36,7 @@ class LatentDiffusion(nn.Module):
 
     def __init__(
         self,
-        first_stage: AutoencoderKL,
+        first_stage: FirstStage,
         unet: UNet,
         conditioner: TextConditioner,
         schedule: Schedule,
@@ -154,10 +154,9 @@ class LatentDiffusion(nn.Module):
         config = {
             "kind": self.kind,
             "first_stage": {
-                "kind": self.first_stage.kind,
+                **self.first_stage.description(),
                 "sha256": checkpoint.fingerprint(self.first_stage.state_dict()),
                 "embedded": embed_first_stage,
-                "autoencoder": asdict(self.first_stage.config),
             },
             "unet": asdict(self.unet.config),
             "conditioner": self.conditioner.config(),
@@ -179,9 +178,8 @@ class LatentDiffusion(nn.Module):
         config, tensors = checkpoint.read(folder, kind=cls.kind)
         with checkpoint.settings_of(folder):
             first = config["first_stage"]
-            shape = checkpoint.build(AutoencoderConfig, first["autoencoder"], folder)
             model = cls(
-                AutoencoderKL(shape),
+                FirstStage.from_description(first, folder),
                 UNet(checkpoint.build(UNetConfig, config["unet"], folder)),
                 TextConditioner.from_config(config["conditioner"]),
                 Schedule(**config["schedule"]),

@@ -153,7 +153,7 @@ def test_the_first_stage_learns_through_every_weight():
     torch.manual_seed(0)
     model = AutoencoderKL(tiny.AUTOENCODER)
     images = torch.rand(2, 3, 16, 16) * 2 - 1
-    loss, readings = FirstStageObjective(model, kl_weight=1e-3)(images, torch.Generator().manual_seed(0))
+    loss, readings = FirstStageObjective(model, regulariser_weight=1e-3)(images, torch.Generator().manual_seed(0))
     loss.backward()
     # A bias of the keys shifts all logits of a softmax alike: it has no effect, and no gradient but rounding.
     without = [n for n, p in model.named_parameters() if not p.grad.abs().max() > 1e-9 and not n.endswith("key.bias")]

@@ -150,7 +150,7 @@ def test_every_step_draws_anew_and_every_seed_differently():
 def test_a_resumed_run_equals_one_that_never_stopped(what: str, tmp_path: Path):
     def objective() -> nn.Module:
         if what == "first stage":
-            return FirstStageObjective(tiny.first_stage(), kl_weight=1e-3)
+            return FirstStageObjective(tiny.first_stage(), regulariser_weight=1e-3)
         return DiffusionObjective(tiny.latent_diffusion(), condition_dropout=0.3)
 
     tokens = tiny.conditioner().tokenize(["a red star", "a blue circle above a star"])

@@ -74,7 +74,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
-        widths = config.widths
+        self.config, widths = config, config.widths
         width = widths[-1]
         self.conv_in = nn.Conv2d(config.latent_channels, width, 3, padding=1)
         self.middle = Middle(config)

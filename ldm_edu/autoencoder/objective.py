@@ -1,44 +1,97 @@
-"""The first stage's objective (appendix G of the paper): reconstruction and a slight KL penalty.
+"""The first stage's objective (equation 25 in appendix G of the paper): reconstruction, regulariser, discriminator.
 
-The paper's reconstruction term is L1 + perceptual. Here L2 can stand in for the perceptual part: squaring makes the few
-pixels of a sharp edge count for more than a faint texture everywhere.
-
-Convention: everything is a mean over the picture's C·H·W numbers. The released code sums over them instead, which
-scales both terms alike; what goes wrong is to average one and to sum the other.
+Convention: every term is a mean, over the picture's C·H·W numbers or over places. The released code sums
+reconstruction and KL over them instead, which scales both alike and changes nothing; what goes wrong is to average one
+and to sum the other, a factor of C·H·W. (For VQ the released code averages, too.)
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
-from ldm_edu.autoencoder.kl import AutoencoderKL
+from ldm_edu.autoencoder.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
+from ldm_edu.autoencoder.first_stage import FirstStage
 
 
 class FirstStageObjective(nn.Module):
-    """L1 + `l2_weight` · L2 + `kl_weight` · KL, as a module: batch to loss.
+    """L1 + l2 · L2 + perceptual + regulariser, and after `disc_start` steps λ · disc_weight · adversarial.
+
+    The released code alternates between two optimisers, for the autoencoder and for the discriminator. Here one
+    backward pass serves both: the adversarial term reaches only the autoencoder, the hinge loss only the discriminator.
 
     Args:
-        l2_weight: weight of the squared error.
-        kl_weight: 1e-6 in the paper; with the mean convention above the same number means the same thing.
+        regulariser_weight: of the KL (1e-6 in the paper; the mean convention leaves that number as it is) or of the
+            codebook loss (1 in the paper).
+        l2_weight: of the squared error beside L1; 0 in the paper.
+        perceptual: (images, originals) to a distance `(B,)`; None for pixels alone.
+        discriminator: None for no adversarial term.
+        disc_start: the first step of the adversarial term.
     """
 
-    def __init__(self, model: AutoencoderKL, kl_weight: float = 1e-6, l2_weight: float = 0.0) -> None:
+    step: Tensor
+
+    def __init__(
+        self,
+        model: FirstStage,
+        regulariser_weight: float = 1e-6,
+        l2_weight: float = 0.0,
+        perceptual: nn.Module | None = None,
+        perceptual_weight: float = 1.0,
+        discriminator: PatchDiscriminator | None = None,
+        disc_start: int = 0,
+        disc_weight: float = 0.5,
+    ) -> None:
         super().__init__()
-        self.model, self.kl_weight, self.l2_weight = model, kl_weight, l2_weight
+        self.model, self.perceptual, self.discriminator = model, perceptual, discriminator
+        self.regulariser_weight, self.l2_weight = regulariser_weight, l2_weight
+        self.perceptual_weight, self.disc_start, self.disc_weight = perceptual_weight, disc_start, disc_weight
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def forward(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Pictures `(B, 3, H, W)` in [-1, 1] to the loss and the readings worth watching."""
-        posterior = self.model.posterior(images)
-        reconstruction = self.model.decode(posterior.sample(generator)).float()
-        error = reconstruction - images
-        l1, l2 = error.abs().mean(), error.square().mean()
-        kl = posterior.kl().mean() / images[0].numel()
-        mse = (reconstruction.detach().clamp(-1, 1) - images).square().mean()
-        readings = {
-            "l1": l1.detach(),
-            "kl": kl.detach(),
-            "psnr": 10 * torch.log10(4 / mse),
-            "latent_std": posterior.mean.detach().std(),
-        }
-        return l1 + self.l2_weight * l2 + self.kl_weight * kl, readings
+        latent, penalty, readings = self.model.regularised(images, generator)
+        restored = self.model.to_picture(latent).float()
+        error = restored - images
+        reconstruction = error.abs().mean() + self.l2_weight * error.square().mean()
+        readings = {"l1": error.detach().abs().mean(), **readings}
+        if self.perceptual is not None:
+            distance = self.perceptual(restored, images).mean()
+            reconstruction = reconstruction + self.perceptual_weight * distance
+            readings["perceptual"] = distance.detach()
+        loss = reconstruction + self.regulariser_weight * penalty
+        if self.discriminator is not None:
+            adversarial, more = self._adversarial(reconstruction, restored, images)
+            loss = loss + adversarial
+            readings |= more
+        mse = (restored.detach().clamp(-1, 1) - images).square().mean()
+        self.step += 1
+        return loss, {**readings, "psnr": 10 * torch.log10(4 / mse)}
+
+    def _adversarial(
+        self, reconstruction: Tensor, restored: Tensor, images: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Both players' terms; zeros before `disc_start`."""
+        zero = torch.zeros((), device=images.device)
+        if self.step < self.disc_start:
+            return zero, {"lambda": zero, "logits_real": zero, "logits_fake": zero, "hinge": zero + 1}
+        with frozen(self.discriminator):
+            fooling = -self.discriminator(restored).float().mean()
+        weight = adaptive_weight(reconstruction, fooling, self.model.decoder.conv_out.weight)
+        real, fake = self.discriminator(images).float(), self.discriminator(restored.detach()).float()
+        hinge = hinge_loss(real, fake)
+        readings = {"lambda": weight, "logits_real": real.detach().mean(), "logits_fake": fake.detach().mean()}
+        return self.disc_weight * weight * fooling + hinge, {**readings, "hinge": hinge.detach()}
+
+
+@contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """Gradients flow through the network to its input, and not into its weights."""
+    network.requires_grad_(False)
+    try:
+        yield
+    finally:
+        network.requires_grad_(True)

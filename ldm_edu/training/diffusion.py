@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ldm_edu.autoencoder import AutoencoderKL
+from ldm_edu.autoencoder import FirstStage
 from ldm_edu.diffusion import training_target
 from ldm_edu.pipeline import LatentDiffusion
 from ldm_edu.runtime import autocast, batches, has_fast_bfloat16, pick_device, progress
@@ -65,7 +65,7 @@ class DiffusionObjective(nn.Module):
 
 @torch.no_grad()
 def encode_all(
-    first_stage: AutoencoderKL, get_images: Callable[[Tensor], Tensor], count: int, cache: Path | None
+    first_stage: FirstStage, get_images: Callable[[Tensor], Tensor], count: int, cache: Path | None
 ) -> tuple[Tensor, Tensor]:
     """Posterior means and standard deviations of all pictures, `(count, c, h, w)` in half precision, computed once.
 

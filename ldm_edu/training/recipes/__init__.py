@@ -1,26 +1,34 @@
-"""The recipes: one file for each committed checkpoint, named like it."""
+"""The recipes: one file for each committed checkpoint, named like it; the many small ones of the sweep share one."""
 
 from __future__ import annotations
 
 from importlib import import_module
-from types import ModuleType
+from typing import Any
 
 from ldm_edu.runtime import UserError
+from ldm_edu.training.recipes import sweep
 
-FILES = {"shapes-kl-f4": "shapes_kl_f4", "shapes-text": "shapes_text", "photos-kl-f4": "photos_kl_f4"}
+FILES = {
+    "perceptual": "perceptual",
+    "photos-kl-f4": "photos_kl_f4",
+    "shapes-kl-f4": "shapes_kl_f4",
+    "shapes-text": "shapes_text",
+}
 
 
 def names() -> list[str]:
     """The recipes there are."""
-    return list(FILES)
+    return [*FILES, *sweep.RECIPES]
 
 
-def get(name: str) -> ModuleType:
-    """The recipe's module: NAME, ABOUT, SETTINGS ("cpu" and "gpu") and train(settings, out, resume, on_step).
+def get(name: str) -> Any:
+    """The recipe: something with SETTINGS ("cpu" and "gpu") and train(settings, out, resume, on_step).
 
     Raises:
         UserError: no such recipe, with those there are.
     """
+    if name in sweep.RECIPES:
+        return sweep.RECIPES[name]
     if name not in FILES:
-        raise UserError(f"There is no recipe {name!r}; there are {', '.join(FILES)}.")
+        raise UserError(f"There is no recipe {name!r}; there are {', '.join(names())}.")
     return import_module(f"ldm_edu.training.recipes.{FILES[name]}")

@@ -1,0 +1,54 @@
+"""Real photographs for training: Caltech-101, a tenth of it kept aside, and random crops of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ldm_edu.datasets.folder import ImageFolder
+from ldm_edu.datasets.public import PublicSet
+from ldm_edu.runtime import data_folder
+
+ABOUT = """Data: Caltech-101 (L. Fei-Fei, R. Fergus, P. Perona, CVPR Workshop 2004; the collection is tagged CC BY 4.0,
+the photographs come from the web and their individual rights are not cleared), without pictures of identifiable people
+and protected characters, at 128 pixels; nine of ten pictures, the tenth being kept for measurements. No picture of it
+is part of this project. With a network the set comes by itself; a folder `caltech101/train` under `$LDM_EDU_DATA` is
+used first. Licence of the weights: MIT."""
+
+
+def photographs(split: str = "train", side: int = 128) -> tuple[Tensor, Tensor]:
+    """Pictures, uint8 `(N, 3, side, side)`, and their labels, int64 `(N,)`.
+
+    Args:
+        split: "train", or "held-out": every tenth picture, which nothing here trains on.
+    """
+    folder = data_folder() / "caltech101" / "train"
+    if folder.is_dir():
+        pictures = ImageFolder(folder, side, check=False)
+        images = pictures.as_tensor_cache()
+        labels = torch.tensor(pictures.labels)
+    else:
+        images, labels = PublicSet("caltech101", side).as_tensor_cache()
+    held_out = torch.arange(len(images)) % 10 == 0
+    chosen = held_out if split == "held-out" else ~held_out
+    return images[chosen], labels[chosen]
+
+
+def random_crops(
+    pictures: Tensor, count: int, size: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """`count` pictures drawn at random, cropped anywhere to `size` and every second one mirrored; and which they are.
+
+    Returns:
+        Float pictures `(count, 3, size, size)` in [-1, 1], and their indices `(count,)`.
+    """
+    chosen = torch.randint(len(pictures), (count,), generator=generator)
+    corners = torch.randint(pictures.shape[-1] - size + 1, (count, 2), generator=generator).tolist()
+    crops = torch.stack(
+        [
+            pictures[i, :, top : top + size, left : left + size]
+            for i, (top, left) in zip(chosen.tolist(), corners, strict=True)
+        ]
+    )
+    mirrored = torch.rand(count, 1, 1, 1, generator=generator) < 0.5
+    return torch.where(mirrored, crops.flip(-1), crops).float() / 127.5 - 1, chosen

@@ -1,0 +1,93 @@
+"""Small first stages on photographs, alike but for one thing: the factor f, the regulariser, a loss, the KL weight.
+
+    sweep-kl-f2 ... sweep-kl-f16, sweep-vq-f2 ... sweep-vq-f16    L1 + perceptual
+    sweep-kl-f4-l1, sweep-vq-f4-l1                                L1 alone
+    sweep-kl-f4-gan, sweep-vq-f4-gan                              L1 + perceptual + adversarial
+    sweep-kl-f4-w1e-3, ...                                        another weight of the KL term
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm_edu.autoencoder import AutoencoderConfig, FirstStage, VQConfig
+from ldm_edu.runtime import pick_device
+from ldm_edu.training.first_stage import FirstStageSettings, train_first_stage
+from ldm_edu.training.fit import OnStep
+from ldm_edu.training.photographs import ABOUT as DATA
+from ldm_edu.training.photographs import photographs, random_crops
+
+# Levels as in the released models, narrower; latent channels as in the paper's table 8.
+MULTIPLIERS = {2: (1, 2), 4: (1, 2, 3), 8: (1, 2, 2, 3), 16: (1, 1, 2, 2, 3)}
+CHANNELS = {2: 2, 4: 3, 8: 4, 16: 8}
+CODEBOOK = 4096
+KL_WEIGHTS = ("1e-3", "1e-1")
+
+SETTINGS = {
+    "cpu": FirstStageSettings(
+        steps=2000, batch_size=8, learning_rate=2e-3, ema_decay=0.995, perceptual="ours", restart_after=100,
+        save_every=500,
+    ),
+    "gpu": FirstStageSettings(
+        steps=20_000, batch_size=32, learning_rate=2e-3, ema_decay=0.999, perceptual="ours", restart_after=100,
+        save_every=2500,
+    ),
+}  # fmt: skip
+
+
+def variants() -> Iterator[tuple[str, dict[str, object]]]:
+    """Every name of the sweep, and the settings that it changes."""
+    for kind in ("kl", "vq"):
+        yield from ((f"sweep-{kind}-f{f}", {}) for f in MULTIPLIERS)
+        yield f"sweep-{kind}-f4-l1", {"perceptual": "none"}
+        yield f"sweep-{kind}-f4-gan", {"disc_weight": 0.5}
+    yield from ((f"sweep-kl-f4-w{weight}", {"kl_weight": float(weight)}) for weight in KL_WEIGHTS)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One of them, used as a recipe's module is."""
+
+    name: str
+    changes: dict[str, object]
+
+    @property
+    def SETTINGS(self) -> dict[str, FirstStageSettings]:  # noqa: N802
+        """The sizes."""
+        return {size: replace(s, disc_start=s.steps // 2, **self.changes) for size, s in SETTINGS.items()}
+
+    @property
+    def config(self) -> AutoencoderConfig:
+        """The model's shape."""
+        _, kind, f, *_ = self.name.split("-")
+        shape = dict(
+            latent_channels=CHANNELS[int(f[1:])],
+            channels=16,
+            channel_multipliers=MULTIPLIERS[int(f[1:])],
+            blocks=1,
+            groups=2,
+        )
+        return VQConfig(**shape, codebook_size=CODEBOOK) if kind == "vq" else AutoencoderConfig(**shape)
+
+    def train(
+        self, settings: FirstStageSettings, out: Path | None, resume: bool = False, on_step: OnStep | None = None
+    ) -> FirstStage:
+        """Train it; see `train_first_stage`."""
+        pictures, device = photographs()[0], pick_device()
+
+        def get_images(count: int, generator: torch.Generator) -> Tensor:
+            return random_crops(pictures, count, settings.size, generator)[0].to(device)
+
+        about = f"""One of the small first stages of the comparison KL against VQ and of the losses (section 3.1 of the
+paper): alike but for what the name says. {"VQ" if "vq" in self.name else "KL"}, f = {self.config.f}.
+
+{DATA}"""
+        return train_first_stage(self.name, self.config, settings, get_images, about, out, resume, on_step)
+
+
+RECIPES = {name: Recipe(name, changes) for name, changes in variants()}

@@ -90,7 +90,8 @@ class VectorQuantizer(nn.Module):
         dead = (self.idle >= self.restart_after).nonzero().flatten()
         if self.restart_after and len(dead):
             flat = latent.detach().permute(0, 2, 3, 1).flatten(0, 2)
-            drawn = torch.randint(len(flat), (len(dead),), generator=generator).to(flat.device)
+            dead = dead[: len(flat)]  # no latent twice
+            drawn = torch.randperm(len(flat), generator=generator)[: len(dead)].to(flat.device)
             self.codebook.weight[dead] = flat[drawn].to(self.codebook.weight)
             self.idle[dead] = 0
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ldm_edu.autoencoder import (
     AutoencoderConfig,
@@ -22,6 +24,7 @@ from ldm_edu.autoencoder import (
     lpips_vgg,
 )
 from ldm_edu.runtime import UserError
+from ldm_edu.training import health
 from ldm_edu.training.card import model_card
 from ldm_edu.training.fit import OnStep, fit
 from ldm_edu.training.settings import Settings
@@ -123,7 +126,14 @@ def train_first_stage(
     def get_batch(generator: torch.Generator) -> Tensor:
         return get_images(settings.batch_size, generator)
 
-    history = fit(objective_of(model, settings), get_batch, settings, out, resume, on_step, desc=name)
+    def watch(step: int, readings: dict[str, float]) -> None:
+        if step % settings.save_every == 0:
+            lines = [str(reading) for reading in health.check(model, readings, step / settings.steps)]
+            tqdm.write("\n".join([f"step {step}", *lines]), file=sys.stderr)
+        if on_step:
+            on_step(step, readings)
+
+    history = fit(objective_of(model, settings), get_batch, settings, out, resume, watch, desc=name)
     if out:
         model.save(out / "checkpoint", model_card(name, about, settings, history, model), history.text())
     return model.eval()

@@ -20,6 +20,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from ldm_edu.runtime import UserError, has_fast_bfloat16, pick_device, progress
+from ldm_edu.training.muon import Muon
 from ldm_edu.training.settings import Settings
 from ldm_edu.training.state import History, load_state, save_state
 
@@ -81,15 +82,7 @@ def fit(
         prepare_folder(out, resume)
     if device.type == "cuda":
         objective = objective.to(memory_format=torch.channels_last)
-    weights = [p for p in objective.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        weights,
-        lr=settings.learning_rate,
-        betas=(settings.beta1, settings.beta2),
-        weight_decay=settings.weight_decay,
-        fused=device.type in ("cuda", "cpu"),
-    )
-    prepared, optimizer = accelerator.prepare(objective.to(device).train(), optimizer)
+    prepared, optimizer = accelerator.prepare(objective.to(device).train(), _optimizer(objective, settings))
     weights = [p for p in objective.parameters() if p.requires_grad]
     ema = [w.detach().clone() for w in weights]
     saved = load_state(out, objective, ema, optimizer, settings) if out and resume else None
@@ -150,6 +143,18 @@ def _accelerator(settings: Settings, device: torch.device) -> Accelerator:
     if precision == "auto":
         precision = "bf16" if has_fast_bfloat16(device) else "no"
     return Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
+
+
+def _optimizer(objective: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    common = dict(
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        weight_decay=settings.weight_decay,
+    )
+    if settings.optimizer == "muon":
+        return Muon(objective, **common)
+    weights = [p for p in objective.parameters() if p.requires_grad]
+    return torch.optim.AdamW(weights, **common, fused=weights[0].device.type in ("cuda", "cpu"))
 
 
 def prepare_folder(out: Path, resume: bool) -> None:

@@ -18,6 +18,7 @@ class Settings:
         steps: optimiser steps.
         batch_size: pictures a step, in each process.
         learning_rate: the highest one, reached after `warmup` steps; then a cosine down to zero.
+        optimizer: "adamw" as in the paper, or "muon", which needs fewer steps (`muon`).
         weight_decay, beta1, beta2: of AdamW.
         gradient_clip: the largest norm of the gradient.
         ema_decay: of the averaged weights, which are the ones kept.
@@ -30,6 +31,7 @@ class Settings:
     batch_size: int = 64
     learning_rate: float = 1e-4
     warmup: int = 100
+    optimizer: str = "adamw"
     weight_decay: float = 0.01
     beta1: float = 0.9
     beta2: float = 0.99
@@ -58,6 +60,8 @@ class Settings:
             raise UserError(
                 f"save_every ({self.save_every}) must be a multiple of log_every ({self.log_every})."
             )
+        if self.optimizer not in ("adamw", "muon"):
+            raise UserError(f"The setting optimizer is adamw or muon; it is {self.optimizer!r}.")
         if self.precision not in ("auto", "bf16", "no"):
             raise UserError(f"The setting precision is auto, bf16 or no; it is {self.precision!r}.")
 

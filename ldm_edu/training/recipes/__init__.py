@@ -10,6 +10,7 @@ from ldm_edu.training.recipes import sweep
 
 FILES = {
     "perceptual": "perceptual",
+    "perceptual-judge": "perceptual_judge",
     "photos-kl-f4": "photos_kl_f4",
     "shapes-kl-f4": "shapes_kl_f4",
     "shapes-text": "shapes_text",

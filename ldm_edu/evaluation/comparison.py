@@ -1,0 +1,147 @@
+"""First stages side by side, in the manner of the paper's table 8: pixels, structure, perception, distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm_edu.autoencoder import AutoencoderVQ, FirstStage, PerceptualLoss, PerceptualNetwork
+from ldm_edu.evaluation.reconstruction import bicubic_copy, pad_to_multiple, psnr, reconstruct, ssim
+from ldm_edu.runtime import autocast, has_fast_bfloat16, progress
+
+PATCH = 64  # pixels; the Fréchet distance is between sets of patches of this side
+
+
+@dataclass(frozen=True)
+class Row:
+    """One first stage on one set of pictures.
+
+    Args:
+        psnr, ssim: means over the pictures, at 8 bits; see `reconstruction`.
+        perceptual: mean distance of picture and reconstruction in the features of `perceptual-judge`; 0 is equal.
+        frechet: Fréchet distance between patches of pictures and of reconstructions, in the same features. It is no
+            FID: that name belongs to the features of Inception.
+        usage: the share of the codebook that these pictures use; None for KL.
+    """
+
+    name: str
+    kind: str
+    f: int
+    channels: int
+    codebook: int | None
+    psnr: float
+    ssim: float
+    perceptual: float
+    frechet: float
+    usage: float | None
+
+
+class PatchFeatures(nn.Module):
+    """Pictures, uint8 `(B, 3, PATCH, PATCH)`, to the judge's last features, averaged over places: `(B, width)`."""
+
+    def __init__(self, network: PerceptualNetwork) -> None:
+        super().__init__()
+        self.network, self.num_features = network, network.config.widths[-1]
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """`(B, 3, PATCH, PATCH)` to `(B, num_features)`."""
+        return self.network(patches.float() / 127.5 - 1)[-1].mean(dim=(2, 3))
+
+
+def frechet_distance(originals: Sequence[Tensor], restored: Sequence[Tensor], judge: nn.Module) -> float:
+    """Fréchet distance of two sets of images `(3, H, W)`, between the features of their patches (Heusel et al. 2017).
+
+    Patches do not overlap; what is left at the right and lower edge is left out. Small sets give large values: compare
+    only what was measured on the same pictures.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance  # takes seconds to import
+
+    metric = FrechetInceptionDistance(feature=PatchFeatures(judge), input_img_size=(3, PATCH, PATCH))
+    metric.set_dtype(torch.float64)
+    for images, real in ((originals, True), (restored, False)):
+        for image in images:
+            metric.update(_patches(image), real=real)
+    return float(metric.compute())
+
+
+def _patches(image: Tensor) -> Tensor:
+    levels = ((image.clamp(-1, 1) + 1) * 127.5).round().byte()
+    tiles = levels.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH)
+    return tiles.permute(1, 2, 0, 3, 4).flatten(0, 1)
+
+
+@torch.no_grad()
+def measure(
+    name: str, first_stage: FirstStage, images: Sequence[Tensor], judge: PerceptualNetwork, desc: str = ""
+) -> Row:
+    """Reconstruct images `(3, H, W)`, each of its own size, and compare; both networks on the CPU or both on a GPU."""
+    device = next(judge.parameters()).device
+    distance = PerceptualLoss(judge)
+    restored, used = [], set()
+    with autocast(device, "bfloat16" if has_fast_bfloat16(device) else "float32"):
+        for image in progress(images, desc=desc or name):
+            restored.append(reconstruct(first_stage, image.to(device)).float().cpu())
+            if isinstance(first_stage, AutoencoderVQ):
+                padded = pad_to_multiple(image[None], first_stage.f)[0].to(device)
+                used |= set(first_stage.quantizer.codes(first_stage.encode(padded)).unique().tolist())
+    return _row(name, first_stage, images, restored, distance, used)
+
+
+def _row(
+    name: str,
+    first_stage: FirstStage | None,
+    images: Sequence[Tensor],
+    restored: Sequence[Tensor],
+    distance: PerceptualLoss,
+    used: set[int],
+    f: int = 0,
+) -> Row:
+    device = next(distance.parameters()).device
+    pairs = list(zip(restored, images, strict=True))
+    codebook = getattr(first_stage.config, "codebook_size", None) if first_stage else None
+    return Row(
+        name=name,
+        kind=first_stage.kind.removeprefix("autoencoder-") if first_stage else "bicubic",
+        f=first_stage.f if first_stage else f,
+        channels=first_stage.config.latent_channels if first_stage else 3,
+        codebook=codebook,
+        psnr=fmean(psnr(a, b) for a, b in pairs),
+        ssim=fmean(ssim(a, b) for a, b in pairs),
+        perceptual=fmean(float(distance(a[None].to(device), b[None].to(device))) for a, b in pairs),
+        frechet=frechet_distance(images, restored, distance.network),
+        usage=len(used) / codebook if codebook else None,
+    )
+
+
+@torch.no_grad()
+def compare(first_stages: dict[str, FirstStage], images: Sequence[Tensor]) -> dict[str, Any]:
+    """All of them on the same pictures, and a bicubic copy for every factor that occurs.
+
+    Returns:
+        {"rows": [a `Row` as a dictionary, ...], "images": how many}
+    """
+    judge = PerceptualNetwork.load("perceptual-judge")
+    rows = [measure(name, stage, images, judge) for name, stage in first_stages.items()]
+    for f in sorted({stage.f for stage in first_stages.values()} - {1}):
+        copies = [bicubic_copy(image, f) for image in images]
+        rows.append(_row(f"bicubic-f{f}", None, images, copies, PerceptualLoss(judge), set(), f))
+    return {"rows": [asdict(row) for row in rows], "images": len(images)}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    heads = ("name", "f", "c", "|Z|", "PSNR dB", "SSIM", "perceptual", "Fréchet", "usage")
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for r in rows:
+        usage = "" if r["usage"] is None else f"{r['usage']:.0%}"
+        cells = (
+            r["name"], r["f"], r["channels"], r["codebook"] or "", f"{r['psnr']:.2f}", f"{r['ssim']:.3f}",
+            f"{r['perceptual']:.4f}", f"{r['frechet']:.4f}", usage,
+        )  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)

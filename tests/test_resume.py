@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -113,8 +114,11 @@ def test_a_recipe_resumes_and_makes_its_checkpoint(recipe: str, more: str, tmp_p
 def test_every_recipe_says_what_it_is():
     for name in recipes.names():
         recipe = recipes.get(name)
-        assert recipe.NAME == name and "Licence" in recipe.ABOUT or "CC" in recipe.ABOUT
+        assert recipe.NAME == name and re.search(r"^Data: ", recipe.ABOUT, flags=re.MULTILINE)
+        assert re.search(r"^Licence of the weights: \w", recipe.ABOUT, flags=re.MULTILINE)
         assert set(recipe.SETTINGS) == {"cpu", "gpu"}
+        card = (checkpoint.find(name) / "README.md").read_text(encoding="utf-8")
+        assert recipe.ABOUT in card, f"the card of the {name} that is here says something else than its recipe"
 
 
 def test_old_latents_are_not_taken_for_new_ones(tmp_path: Path):

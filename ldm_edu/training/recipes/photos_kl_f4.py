@@ -19,10 +19,11 @@ ABOUT = """First stage (section 3.1 of the paper) for photographs: f = 4, four l
 from the weights of shapes-kl-f4, to save time; how much that saves was not measured.
 
 Data: the training pictures of Caltech-101 (L. Fei-Fei, R. Fergus, P. Perona, CVPR Workshop 2004; the collection is
-tagged CC BY 4.0, the photographs come from the web and their individual rights are not cleared), without pictures of
-identifiable people and protected characters, at 128 pixels, in random crops and mirrored. No picture of it is part of
-this project. With a network the set comes by itself; a folder
-`caltech101/train` under `$LDM_EDU_DATA` is used first."""
+tagged CC BY 4.0, the photographs come from the web and their individual rights are not cleared: their copyright stays
+with their owners), without pictures of identifiable people and protected characters, at 128 pixels, in random crops
+and mirrored. No picture of it is part of this project. With a network the set comes by itself; a folder
+`caltech101/train` under `$LDM_EDU_DATA` is used first.
+Licence of the weights: MIT, as for the rest of this project; it covers no photograph."""
 
 SETTINGS = {
     "cpu": FirstStageSettings(

@@ -90,6 +90,9 @@ def test_unknown_words_are_named_with_the_vocabulary(model: LatentDiffusion):
     with pytest.raises(UnknownWords, match="'green', 'dog'.*a, above, blue, circle, red, star") as error:
         model.steps("a green dog above a green star")
     assert "'above'" not in str(error.value) and "[PAD]" not in str(error.value)
+    with_commas = TextConditioner.from_words([",", "star", "red"], length=8, channels=16, layers=1, heads=2)
+    with pytest.raises(UnknownWords, match="never saw 'blue', '!' .*It knows these words: red, star[.]$"):
+        with_commas.tokenize(["red star, blue star!"])
     assert torch.equal(model.conditioner.tokenize(["A RED star"]), model.conditioner.tokenize(["a red star"]))
 
 

@@ -26,9 +26,7 @@ def _misfit() -> str | None:
     Metadata decides, at no cost, unless it is suspicious; then the import itself does, so that a pair that
     works in spite of its version numbers is left alone.
     """
-    from packaging.requirements import (
-        Requirement,  # comes with torch's own companions (accelerate, transformers)
-    )
+    from packaging.requirements import Requirement
 
     try:
         torch, torchvision = version("torch"), version("torchvision")

@@ -40,6 +40,11 @@ def run_apart(action: Callable[[], object], watched: Path, at: int = 0, how: str
     return "finished" if os.WEXITSTATUS(status) == FINISHED else "raised"
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, to compare before with after."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
 def _watch(watched: Path, at: int, how: str) -> None:
     seen, prefix, sync = 0, str(watched.absolute()), os.fsync
 

@@ -1,16 +1,26 @@
 """Who imports whom: the package's folders follow the paper's sections, and imports run one way.
 
-Also: diffusers in bench alone, ipywidgets in widgets alone, and nothing that unpickles.
+Also: diffusers in bench alone, ipywidgets in widgets alone, nothing that unpickles, and nothing that is installed by
+luck, because another package needs it.
 """
 
 import ast
+import functools
+import sys
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = sorted((ROOT / "ldm_edu").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+installed = functools.cache(packages_distributions)
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 # A room imports only from itself and from rooms above it in this list.
 ORDER = [
@@ -83,6 +93,22 @@ def test_reserved_and_unsafe_imports(path: Path):
     assert not [name for name in imports(path) if name.endswith(".*")], "star import"
 
 
+def undeclared(path: Path, lines: list[str]) -> set[str]:
+    """What a file imports from elsewhere that none of these requirement lines installs."""
+    declared = {canonicalize_name(Requirement(line).name) for line in lines}
+    ours = {"ldm_edu"} | ({p.stem for p in TESTS} if path in TESTS else set())
+    others = {name.split(".")[0] for name in imports(path)} - ours - set(sys.stdlib_module_names)
+    return {n for n in others if not declared & {canonicalize_name(d) for d in installed().get(n, [n])}}
+
+
+@pytest.mark.parametrize("path", PACKAGE + TESTS, **ids)
+def test_what_is_imported_is_declared(path: Path):
+    lines = list(PROJECT["dependencies"])
+    if path in TESTS or room_of(path) == "bench":
+        lines += PROJECT["optional-dependencies"]["test"]
+    assert not undeclared(path, lines), "missing in pyproject.toml"
+
+
 @pytest.mark.parametrize("path", PACKAGE, **ids)
 def test_nothing_loaded_can_run_code(path: Path):
     found = []
@@ -103,3 +129,4 @@ def test_the_rules_see_what_they_are_about():
     assert len(PACKAGE) > 1
     here = set(imports(Path(__file__)))
     assert {"ast", "pathlib.Path", "collections.abc.Iterator"} <= here
+    assert undeclared(Path(__file__), []) == {"packaging", "pytest"}

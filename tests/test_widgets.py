@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import re
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from ldm_edu.widgets import (
     system_map,
 )
 from ldm_edu.widgets.pictures import spread
+from ldm_edu.widgets.system_map import BOXES
 
 PROMPT = "a small red star above a large blue circle"
 TIMESTEPS = (999, 666, 333, -1)
@@ -77,10 +79,7 @@ def test_the_slider_changes_pictures_alt_text_and_readout():
     for index, label in enumerate(("t = 999", "t = 666", "t = 333", "clean")):
         slider.slider.value = index
         panels = images_in(slider.picture.value)
-        assert [alt for alt, _ in panels] == [
-            f"zₜ at {label}: {PROMPT}",
-            f"predicted z₀ at {label}: {PROMPT}",
-        ]
+        assert [alt for alt, _ in panels] == [f"zₜ at {label}: {PROMPT}", f"predicted z₀ at {label}: {PROMPT}"]
         assert label in slider.readout.value and f"frame {index + 1} of 4" in slider.readout.value
         seen.append(tuple(picture.tobytes() for _, picture in panels))
     assert len({z for z, _ in seen}) == len({z0 for _, z0 in seen}) == 4
@@ -230,11 +229,16 @@ def test_the_map_bears_the_numbers_it_is_given():
         system_map({"engine": "17"}, "")
 
 
+def test_the_boxes_of_the_map_stand_apart():
+    gaps = {
+        (a, b): max(x2 - x1 - w1, x1 - x2 - w2, y2 - y1 - h1, y1 - y2 - h2)
+        for (a, (x1, y1, w1, h1, _)), (b, (x2, y2, w2, h2, _)) in combinations(BOXES.items(), 2)
+    }
+    assert {pair for pair, gap in gaps.items() if gap < 1.4} == {("unet", "attention")}, "a badge rises 1.3"
+
+
 def test_even_a_still_of_pure_noise_is_small():
-    noise = [
-        Frame(f"t = {t}", {"noise": torch.randn(1, 3, 64, 64), "more": torch.randn(1, 3, 64, 64)})
-        for t in range(9)
-    ]
+    noise = [Frame(f"t = {t}", {name: torch.randn(1, 3, 64, 64) for name in ("noise", "more")}) for t in range(9)]
     assert len(FrameSlider(noise).still()) < 100_000
 
 

@@ -92,7 +92,7 @@ class TextConditioner(nn.Module):
         """Token numbers `(B, length)`.
 
         Raises:
-            UnknownWords: words outside the vocabulary, named, with the vocabulary.
+            UnknownWords: words outside the vocabulary, named, with the words in it.
             UserError: a caption longer than the model reads.
         """
         encoded = self.tokenizer(list(captions), padding="max_length", max_length=self.length)["input_ids"]
@@ -112,7 +112,7 @@ class TextConditioner(nn.Module):
         ]
         vocabulary = self.tokenizer.get_vocab()
         strange = ", ".join(repr(w) for w in dict.fromkeys(words) if w not in vocabulary)
-        known = ", ".join(sorted(w for w in vocabulary if w[0] != "["))
+        known = ", ".join(sorted(w for w in vocabulary if w[0].isalnum()))  # no [PAD], and no comma
         return f"This model never saw {strange} (in {caption!r}). It knows these words: {known}."
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -60,15 +60,9 @@ def ddim(
     """
     if eta > 0 and draw is None:
         raise UserError(f"With eta = {eta} each step adds noise: say where it comes from (draw=...).")
-    levels = alphas_cumprod.tolist()
     z = noise
-    for i, t in enumerate(timesteps):
-        now = levels[t]
-        following = levels[timesteps[i + 1]] if i + 1 < len(timesteps) else 1.0
-        output = denoiser(z, torch.full((len(z),), t, device=z.device))
-        z0, epsilon = split_prediction(
-            prediction, output, z, torch.tensor(now, dtype=z.dtype, device=z.device)
-        )
+    for t, now, following in _levels(alphas_cumprod, timesteps):
+        z0, epsilon = _predict(denoiser, z, t, now, prediction)
         yield Step(t, z, z0)
         # Equation 16 of Song et al.: eta = 1 gives the posterior's own standard deviation.
         sigma = eta * ((1 - following) / (1 - now) * (1 - now / following)) ** 0.5
@@ -97,13 +91,9 @@ def ddpm(
         raise UserError("Ancestral sampling adds noise at each step: say where it comes from (draw=...).")
     if variance not in ("posterior", "beta"):
         raise UserError(f"The variance is 'posterior' or 'beta', not {variance!r}.")
-    levels = alphas_cumprod.tolist()
     z = noise
-    for i, t in enumerate(timesteps):
-        now = levels[t]
-        following = levels[timesteps[i + 1]] if i + 1 < len(timesteps) else 1.0
-        output = denoiser(z, torch.full((len(z),), t, device=z.device))
-        z0, _ = split_prediction(prediction, output, z, torch.tensor(now, dtype=z.dtype, device=z.device))
+    for t, now, following in _levels(alphas_cumprod, timesteps):
+        z0, _ = _predict(denoiser, z, t, now, prediction)
         yield Step(t, z, z0)
         alpha = now / following
         beta = 1 - alpha
@@ -113,3 +103,15 @@ def ddpm(
         if following < 1 and sigma2 > 0:
             z = z + sigma2**0.5 * draw(z.shape[1:]).to(z)
     yield Step(-1, z, z)
+
+
+def _levels(alphas_cumprod: Tensor, timesteps: Sequence[int]) -> Iterator[tuple[int, float, float]]:
+    """Each timestep with its ᾱ, and the ᾱ that its step leads to; the last step leads to 1, no noise."""
+    levels = [*alphas_cumprod[list(timesteps)].tolist(), 1.0]
+    return zip(timesteps, levels, levels[1:])
+
+
+def _predict(denoiser: Denoiser, z: Tensor, t: int, level: float, prediction: str) -> tuple[Tensor, Tensor]:
+    """Ask the denoiser: the clean latent and the noise that it sees in z, whose ᾱ is `level`."""
+    output = denoiser(z, torch.full((len(z),), t, device=z.device))
+    return split_prediction(prediction, output, z, torch.tensor(level, dtype=z.dtype, device=z.device))

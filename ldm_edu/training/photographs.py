@@ -10,10 +10,11 @@ from ldm_edu.datasets.public import PublicSet
 from ldm_edu.runtime import data_folder
 
 ABOUT = """Data: Caltech-101 (L. Fei-Fei, R. Fergus, P. Perona, CVPR Workshop 2004; the collection is tagged CC BY 4.0,
-the photographs come from the web and their individual rights are not cleared), without pictures of identifiable people
-and protected characters, at 128 pixels; nine of ten pictures, the tenth being kept for measurements. No picture of it
-is part of this project. With a network the set comes by itself; a folder `caltech101/train` under `$LDM_EDU_DATA` is
-used first. Licence of the weights: MIT."""
+the photographs come from the web and their individual rights are not cleared: their copyright stays with their owners),
+without pictures of identifiable people and protected characters, at 128 pixels, in random crops and mirrored; nine of
+ten pictures, the tenth being kept for measurements. No picture of it is part of this project. With a network the set
+comes by itself; a folder `caltech101/train` under `$LDM_EDU_DATA` is used first.
+Licence of the weights: MIT, as for the rest of this project; it covers no photograph."""
 
 
 def photographs(split: str = "train", side: int = 128) -> tuple[Tensor, Tensor]:

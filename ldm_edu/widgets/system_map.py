@@ -24,7 +24,7 @@ BOXES = {
     "unet": (35, 21, 24, 14, "denoising UNet\n$\\epsilon_\\theta(z_t, t, \\tau_\\theta(y))$\n\n\n"),
     "attention": (38, 22.5, 18, 4.4, "cross-attention"),
     "sampler": (35, 13, 24, 4.6, "sampler  $z_t \\rightarrow z_{t-1}$"),
-    "text": (77, 40.8, 19, 4.4, "text"),
+    "text": (77, 42.6, 19, 4.4, "text"),
     "labels": (77, 36.4, 19, 4.4, "class, layout, map"),
     "conditioner": (77, 22.2, 19, 5, "conditioner  $\\tau_\\theta$"),
     "images": (77, 13, 19, 4.6, "pictures, masks"),

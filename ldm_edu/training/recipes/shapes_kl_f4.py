@@ -24,24 +24,13 @@ MODEL = AutoencoderConfig(
 )
 SETTINGS = {
     "cpu": FirstStageSettings(
-        steps=2000,
-        batch_size=16,
-        learning_rate=2e-3,
-        ema_decay=0.998,
-        kl_weight=5e-3,
-        l2_weight=10.0,
-        save_every=200,
+        steps=2000, batch_size=16, learning_rate=2e-3, ema_decay=0.998, kl_weight=5e-3, l2_weight=10.0, save_every=200
     ),
     "gpu": FirstStageSettings(
-        steps=20_000,
-        batch_size=128,
-        learning_rate=1e-3,
-        ema_decay=0.999,
-        kl_weight=5e-3,
-        l2_weight=10.0,
+        steps=20_000, batch_size=128, learning_rate=1e-3, ema_decay=0.999, kl_weight=5e-3, l2_weight=10.0,
         save_every=2500,
     ),
-}
+}  # fmt: skip
 
 
 def train(

@@ -1,0 +1,176 @@
+"""Resuming: bit for bit as if the run had never stopped, however and whenever it was stopped."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from short_run import SHORT, assert_same
+from torch import Tensor, nn
+
+from ldm_edu import checkpoint, training
+from ldm_edu.autoencoder import AutoencoderKL, FirstStageObjective
+from ldm_edu.pipeline import LatentDiffusion
+from ldm_edu.training import fit, recipes
+from ldm_edu.training.diffusion import DiffusionObjective, encode_all
+from ldm_edu.training.recipes import shapes_kl_f4, shapes_text
+
+HERE = Path(__file__).parent
+TINY = "steps=5 batch_size=2 warmup=2 log_every=1 save_every=1"
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit is promised there."""
+    monkeypatch.setenv("LDM_EDU_DEVICE", "cpu")
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_at(step: int) -> Callable[[int, dict[str, float]], None]:
+    """Breaks a run off at this step, before its state is saved."""
+
+    def on_step(done: int, readings: dict[str, float]) -> None:
+        if done == step:
+            raise Stopped
+
+    return on_step
+
+
+@pytest.mark.parametrize("what", ["first stage", "diffusion"])
+def test_a_resumed_run_equals_one_that_never_stopped(what: str, tmp_path: Path):
+    def objective() -> nn.Module:
+        if what == "first stage":
+            return FirstStageObjective(tiny.first_stage(), regulariser_weight=1e-3)
+        return DiffusionObjective(tiny.latent_diffusion(), condition_dropout=0.3)
+
+    tokens = tiny.conditioner().tokenize(["a red star", "a blue circle above a star"])
+
+    def get_batch(generator: torch.Generator) -> object:
+        if what == "first stage":
+            return torch.rand(2, 3, 16, 16, generator=generator) * 2 - 1
+        return torch.randn(2, 2, 4, 4, generator=generator), tokens
+
+    whole, broken = objective(), objective()
+    whole_history = fit(whole, get_batch, SHORT, tmp_path / "whole")
+    with pytest.raises(Stopped):  # at step 4, so the newest state is step 2's
+        fit(broken, get_batch, SHORT, tmp_path / "broken", on_step=stop_at(4))
+    assert [p.name for p in (tmp_path / "broken").glob("step-*")] == ["step-0000002"]
+    resumed = objective()
+    history = fit(resumed, get_batch, SHORT, tmp_path / "broken", resume=True)
+    assert_same(tmp_path / "whole", tmp_path / "broken")
+    assert history.rows == whole_history.rows and len(history.rows) == 6
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], weight), name
+    again = objective()  # and of a finished run there is nothing to do
+    fit(again, get_batch, SHORT, tmp_path / "broken", resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), whole.state_dict().values()))
+
+
+@pytest.fixture
+def small_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipes with small networks; committed is a small first stage."""
+    home = tmp_path / "committed"
+    home.mkdir()
+    monkeypatch.setattr(checkpoint, "HOME", home)
+    monkeypatch.setattr(shapes_kl_f4, "MODEL", tiny.AUTOENCODER)
+    monkeypatch.setattr(shapes_text, "MODEL", replace(tiny.UNET, context_channels=128))
+    tiny.first_stage().save(home / "shapes-kl-f4", "a card")
+
+
+@pytest.mark.parametrize("recipe, more", [("shapes-kl-f4", "size=32"), ("shapes-text", "pictures=12")])
+def test_a_recipe_resumes_and_makes_its_checkpoint(recipe: str, more: str, tmp_path: Path, small_recipes: None):
+    changes = dict(pair.split("=") for pair in f"{TINY} {more}".split())
+    arguments = dict(settings=changes, size="cpu")
+    whole = training.train(recipe, tmp_path / "whole", **arguments)
+    with pytest.raises(Stopped):
+        training.train(recipe, tmp_path / "broken", on_step=stop_at(4), **arguments)
+    assert not (tmp_path / "broken/checkpoint").exists()
+    training.train(recipe, tmp_path / "broken", resume=True, **arguments)
+    assert_same(tmp_path / "whole", tmp_path / "broken")
+
+    folder = tmp_path / "broken/checkpoint"
+    back = (AutoencoderKL if recipe == "shapes-kl-f4" else LatentDiffusion).load(folder)
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(back.state_dict()[name], weight.half().float()), name
+    card = (folder / "README.md").read_text()
+    for said in (f"# {recipe}", "ShapeScenes", "Licence", f"ldm-edu train {recipe}", "| steps | 5 |", "Trained in"):
+        assert said in card, said
+    assert (folder / "history.csv").read_text() == (tmp_path / "broken/history.csv").read_text()
+    if isinstance(whole, LatentDiffusion):
+        assert whole.latent_size == 16 and whole.latent_scale > 0
+        assert whole.sample("a small red star", num_steps=1).shape == (1, 3, 64, 64)
+
+
+def test_every_recipe_says_what_it_is():
+    for name in recipes.names():
+        recipe = recipes.get(name)
+        assert recipe.NAME == name and re.search(r"^Data: ", recipe.ABOUT, flags=re.MULTILINE)
+        assert re.search(r"^Licence of the weights: \w", recipe.ABOUT, flags=re.MULTILINE)
+        assert set(recipe.SETTINGS) == {"cpu", "gpu"}
+        card = (checkpoint.find(name) / "README.md").read_text(encoding="utf-8")
+        assert recipe.ABOUT in card, f"the card of the {name} that is here says something else than its recipe"
+
+
+def test_old_latents_are_not_taken_for_new_ones(tmp_path: Path):
+    cache, pictures = tmp_path / "latents.safetensors", torch.rand(20, 3, 16, 16) * 2 - 1
+    calls = []
+
+    def get_images(index: Tensor) -> Tensor:
+        calls.append(len(index))
+        return pictures[index]
+
+    model, other = tiny.first_stage(), tiny.first_stage(seed=1)
+    mean, std = encode_all(model, get_images, 20, cache)
+    assert (std > 0).all() and calls == [20]
+    assert torch.equal(encode_all(model, get_images, 20, cache)[0], mean) and calls == [20, 16]
+
+    def assert_right(model: AutoencoderKL, count: int) -> None:
+        expected = model.encode(pictures[:count]).detach()
+        mean = encode_all(model, get_images, count, cache)[0]
+        assert mean.shape == expected.shape
+        assert (mean - expected).norm() < 0.02 * expected.norm()  # one of them may be in bfloat16
+
+    assert_right(model, 20)
+    assert_right(model, 12)  # fewer than are kept
+    assert_right(other, 12)  # another first stage
+    pictures = pictures.flip(0)
+    assert_right(other, 12)  # other pictures
+
+
+# killed
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What kill_and_resume.py found."""
+    if not hasattr(os, "fork"):
+        pytest.skip("kills forked processes; this system has no fork")
+    command = [sys.executable, str(HERE / "kill_and_resume.py"), str(tmp_path_factory.mktemp("killed"))]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"LDM_EDU_DEVICE": "cpu"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def test_killed_at_any_change_of_a_file_a_run_ends_as_if_it_never_was(killed: dict):
+    assert killed["every_moment"]["moments"] >= 25 and killed["every_moment"]["wrong"] == []
+
+
+def test_killed_ten_times_by_the_clock_too(killed: dict):
+    assert killed["random"]["kills"] == 10 and killed["random"]["wrong"] == []
+    assert killed["random"]["inside_saving"] >= 1
+    state = {f"step-0000060/{name}" for name in ("state.json", "state.safetensors")}
+    assert set(killed["random"]["expected"]) == {"history.csv", "final.safetensors"} | state
+
+
+def test_the_same_kills_catch_saving_that_is_not_atomic(killed: dict):
+    assert killed["in_place"]["moments"] >= 20 and killed["in_place"]["wrong"]

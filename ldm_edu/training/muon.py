@@ -11,18 +11,19 @@ import torch
 from torch import Tensor, nn
 
 
-def orthogonalized(matrix: Tensor, steps: int = 5) -> Tensor:
-    """About U Vᵀ of a matrix U S Vᵀ `(m, n)`: Newton-Schulz iterations with the quintic of the reference, in bfloat16.
+def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
+    """About U Vᵀ of each matrix U S Vᵀ: `(..., m, n)` to bfloat16 of the same shape.
 
-    Singular values come out between about 0.7 and 1.2, which is near enough.
+    Newton-Schulz iterations with the quintic of the reference. Singular values come out between about 0.7 and 1.2,
+    which is near enough.
     """
-    x = matrix.bfloat16()
-    x = x.T if matrix.shape[0] > matrix.shape[1] else x
-    x = x / (x.norm() + 1e-7)
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = (matrices.mT if tall else matrices).bfloat16()
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -41,31 +42,43 @@ class Muon(torch.optim.Optimizer):
         matrices = {
             id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)
         }
-        weights = [p for p in model.parameters() if p.requires_grad]
-        groups = [dict(params=[p], matrix=id(p) in matrices) for p in weights]
-        super().__init__(groups, dict(lr=lr, betas=betas, weight_decay=weight_decay, momentum=0.95, eps=1e-8))
+        groups: dict[tuple[int, int] | None, list[nn.Parameter]] = {}
+        for p in (p for p in model.parameters() if p.requires_grad):
+            shape = (p.shape[0], p[0].numel()) if id(p) in matrices else None
+            groups.setdefault(shape, []).append(p)
+        # Matrices of one shape are orthogonalised together: many small ones would cost more than they hold.
+        super().__init__(
+            [dict(params=params, matrix=shape is not None) for shape, params in groups.items()],
+            dict(lr=lr, betas=betas, weight_decay=weight_decay, momentum=0.95, eps=1e-8),
+        )
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """One step, from the gradients that are there."""
         for group in self.param_groups:
-            (p,) = group["params"]
-            if p.grad is not None:
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_((self._muon if group["matrix"] else self._adam)(p, group), alpha=-group["lr"])
+            weights = [p for p in group["params"] if p.grad is not None]
+            if weights:
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                directions = (self._muon if group["matrix"] else self._adam)(weights, group)
+                torch._foreach_add_(weights, directions, alpha=-group["lr"])
 
-    def _muon(self, p: nn.Parameter, group: dict) -> Tensor:
-        momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-        momentum.lerp_(p.grad, 1 - group["momentum"])
-        ahead = p.grad.lerp(momentum, group["momentum"]).flatten(1)
-        return 0.2 * max(ahead.shape) ** 0.5 * orthogonalized(ahead).view(p.shape).to(p.dtype)
+    def _muon(self, weights: list[nn.Parameter], group: dict) -> list[Tensor]:
+        momentum = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in weights]
+        torch._foreach_lerp_(momentum, [p.grad for p in weights], 1 - group["momentum"])
+        ahead = [p.grad.lerp(m, group["momentum"]).flatten(1) for p, m in zip(weights, momentum, strict=True)]
+        size = 0.2 * max(ahead[0].shape) ** 0.5
+        steps = orthogonalized(torch.stack(ahead)).to(weights[0].dtype) * size
+        return [step.reshape(p.shape) for step, p in zip(steps, weights, strict=True)]
 
-    def _adam(self, p: nn.Parameter, group: dict) -> Tensor:
-        state, (beta1, beta2) = self.state[p], group["betas"]
-        step = state.setdefault("step", torch.zeros(()))
-        mean, square = (state.setdefault(name, torch.zeros_like(p)) for name in ("mean", "square"))
-        step += 1
-        mean.lerp_(p.grad, 1 - beta1)
-        square.lerp_(p.grad.square(), 1 - beta2)
-        n = float(step)
-        return (mean / (1 - beta1**n)) / ((square / (1 - beta2**n)).sqrt() + group["eps"])
+    def _adam(self, weights: list[nn.Parameter], group: dict) -> list[Tensor]:
+        directions, (beta1, beta2) = [], group["betas"]
+        for p in weights:
+            state = self.state[p]
+            mean, square = (state.setdefault(name, torch.zeros_like(p)) for name in ("mean", "square"))
+            step = state.setdefault("step", torch.zeros(()))
+            step += 1
+            mean.lerp_(p.grad, 1 - beta1)
+            square.lerp_(p.grad.square(), 1 - beta2)
+            n = float(step)
+            directions.append((mean / (1 - beta1**n)) / ((square / (1 - beta2**n)).sqrt() + group["eps"]))
+        return directions

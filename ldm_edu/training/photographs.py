@@ -36,9 +36,13 @@ def photographs(split: str = "train", side: int = 128) -> tuple[Tensor, Tensor]:
 
 
 def random_crops(
-    pictures: Tensor, count: int, size: int, generator: torch.Generator
+    pictures: Tensor, count: int, size: int, generator: torch.Generator, recolour: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`count` pictures drawn at random, cropped anywhere to `size` and every second one mirrored; and which they are.
+
+    Args:
+        recolour: shuffle red, green and blue of every second picture. Few photographs are green or violet, and a first
+            stage that never saw enough of them keeps luminance and one axis of colour, and drops the other.
 
     Returns:
         Float pictures `(count, 3, size, size)` in [-1, 1], and their indices `(count,)`.
@@ -52,4 +56,9 @@ def random_crops(
         ]
     )
     mirrored = torch.rand(count, 1, 1, 1, generator=generator) < 0.5
-    return torch.where(mirrored, crops.flip(-1), crops).float() / 127.5 - 1, chosen
+    crops = torch.where(mirrored, crops.flip(-1), crops)
+    if recolour:
+        order = torch.rand(count, 3, generator=generator).argsort(dim=1)[:, :, None, None].expand_as(crops)
+        shuffled = torch.rand(count, 1, 1, 1, generator=generator) < 0.5
+        crops = torch.where(shuffled, crops.gather(1, order), crops)
+    return crops.float() / 127.5 - 1, chosen

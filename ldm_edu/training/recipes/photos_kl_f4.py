@@ -40,7 +40,7 @@ def train(
     pictures, device = photographs()[0], pick_device()
 
     def get_images(count: int, generator: torch.Generator) -> Tensor:
-        return random_crops(pictures, count, settings.size, generator)[0].to(device)
+        return random_crops(pictures, count, settings.size, generator, recolour=True)[0].to(device)
 
     start = AutoencoderKL.load("shapes-kl-f4")
     return train_first_stage(NAME, start.config, settings, get_images, ABOUT, out, resume, on_step, start)

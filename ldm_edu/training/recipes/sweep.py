@@ -82,7 +82,7 @@ class Recipe:
         pictures, device = photographs()[0], pick_device()
 
         def get_images(count: int, generator: torch.Generator) -> Tensor:
-            return random_crops(pictures, count, settings.size, generator)[0].to(device)
+            return random_crops(pictures, count, settings.size, generator, recolour=True)[0].to(device)
 
         about = f"""One of the small first stages of the comparison KL against VQ and of the losses (section 3.1 of the
 paper): alike but for what the name says. {"VQ" if "vq" in self.name else "KL"}, f = {self.config.f}.

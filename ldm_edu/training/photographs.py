@@ -60,5 +60,9 @@ def random_crops(
     if recolour:
         order = torch.rand(count, 3, generator=generator).argsort(dim=1)[:, :, None, None].expand_as(crops)
         shuffled = torch.rand(count, 1, 1, 1, generator=generator) < 0.5
-        crops = torch.where(shuffled, crops.gather(1, order), crops)
+        strength = 1 + 3 * torch.rand(count, 1, 1, 1, generator=generator)
+        recoloured = crops.gather(1, order).float()
+        grey = recoloured.mean(dim=1, keepdim=True)
+        recoloured = (grey + strength * (recoloured - grey)).clamp(0, 255)
+        crops = torch.where(shuffled, recoloured, crops)
     return crops.float() / 127.5 - 1, chosen

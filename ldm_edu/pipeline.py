@@ -146,6 +146,7 @@ class LatentDiffusion(nn.Module):
         self, folder: Path | str, card: str, history: str | None = None, embed_first_stage: bool = True
     ) -> None:
         """Write a checkpoint, whole or not at all; without its first stage, it is found again by its fingerprint."""
+        embed_first_stage |= not self.first_stage.state_dict()  # the identity has no weights to find it by
         tensors = {
             n: t
             for n, t in self.state_dict().items()

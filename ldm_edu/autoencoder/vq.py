@@ -48,7 +48,8 @@ class VectorQuantizer(nn.Module):
         self.restart_after = 0
         self.codebook = nn.Embedding(size, channels)
         nn.init.uniform_(self.codebook.weight, -1 / size, 1 / size)
-        # Training steps since each code was last chosen.
+        # Training steps since each code was last chosen; and since it was last chosen or moved.
+        self.register_buffer("unused", torch.zeros(size, dtype=torch.int64), persistent=False)
         self.register_buffer("idle", torch.zeros(size, dtype=torch.int64), persistent=False)
 
     def codes(self, latent: Tensor) -> Tensor:
@@ -85,8 +86,9 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def restart_dead_codes(self, latent: Tensor, codes: Tensor, generator: torch.Generator) -> None:
         """Count idle steps; move codes that idled for `restart_after` onto latents of this batch, drawn at random."""
-        self.idle += 1
-        self.idle[codes.flatten()] = 0
+        for count in (self.unused, self.idle):
+            count += 1
+            count[codes.flatten()] = 0
         dead = (self.idle >= self.restart_after).nonzero().flatten()
         if self.restart_after and len(dead):
             flat = latent.detach().permute(0, 2, 3, 1).flatten(0, 2)
@@ -146,7 +148,7 @@ class AutoencoderVQ(FirstStage):
         readings = {
             "codebook": loss.detach(),
             "perplexity": perplexity(codes, size),
-            "usage": (quantizer.idle < 100).float().mean(),
+            "usage": (quantizer.unused < 100).float().mean(),
             **spread(latent),
         }
         return quantized, loss, readings

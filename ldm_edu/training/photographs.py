@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ldm_edu.datasets.folder import ImageFolder
 from ldm_edu.datasets.public import PublicSet
-from ldm_edu.runtime import data_folder
+from ldm_edu.runtime import UserError, data_folder
 
 ABOUT = """Data: Caltech-101 (L. Fei-Fei, R. Fergus, P. Perona, CVPR Workshop 2004; the collection is tagged CC BY 4.0,
 the photographs come from the web and their individual rights are not cleared: their copyright stays with their owners),
@@ -46,7 +46,12 @@ def random_crops(
 
     Returns:
         Float pictures `(count, 3, size, size)` in [-1, 1], and their indices `(count,)`.
+
+    Raises:
+        UserError: the pictures are smaller than that.
     """
+    if size > pictures.shape[-1]:
+        raise UserError(f"A crop of {size} pixels does not fit in pictures of {pictures.shape[-1]}: lower size.")
     chosen = torch.randint(len(pictures), (count,), generator=generator)
     corners = torch.randint(pictures.shape[-1] - size + 1, (count, 2), generator=generator).tolist()
     crops = torch.stack(

@@ -32,7 +32,8 @@ def save_state(
 
     Random numbers need no state: each step draws from a generator seeded by (seed, step).
     """
-    tensors = {f"model.{n}": t for n, t in model.state_dict().items()}
+    # Buffers that checkpoints leave out are state too: how long each code of a codebook has idled.
+    tensors = {f"model.{n}": t for n, t in (dict(model.named_buffers()) | model.state_dict()).items()}
     tensors |= {f"ema.{i}": t for i, t in enumerate(ema)}
     for i, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{name}": t for name, t in values.items()}
@@ -83,7 +84,10 @@ def load_state(
             "or choose another --out."
         )
     weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
-    fill(model, weights, folders[-1])
+    kept_out = {n: b for n, b in model.named_buffers() if n not in model.state_dict()}
+    fill(model, {n: t for n, t in weights.items() if n not in kept_out}, folders[-1])
+    for name, buffer in kept_out.items():
+        buffer.copy_(weights.get(name, buffer))
     for i, average in enumerate(ema):
         average.copy_(tensors[f"ema.{i}"])
     state: dict[int, dict[str, Tensor]] = {}

@@ -1,4 +1,4 @@
-"""The command line: ldm-edu sample | reconstruct | train | evaluate | lab.
+"""The command line: ldm-edu sample | reconstruct | train | evaluate | bench | lab.
 
 A user's mistake is a message on stderr and exit status 1, without a traceback. torch is imported inside the
 commands, so that --help is quick.
@@ -9,21 +9,15 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 import warnings
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ldm_edu.evaluation.reconstruction import Score
 
 TOUR = Path(__file__).resolve().parent.parent / "notebooks" / "00_tour.ipynb"
 
@@ -116,34 +110,22 @@ def sample(
         _refuse(f"--guidance is {guidance}; it must be a number, for example 3.")
     as_sheet = _names_a_file(out)
 
-    import torch
-
     from ldm_edu.datasets.images import contact_sheet, write_png
     from ldm_edu.pipeline import LatentDiffusion
-    from ldm_edu.runtime import batches, progress
+    from ldm_edu.tasks.text_to_image import draw, file_name
 
-    model = LatentDiffusion.load(checkpoint)
-    jobs = [(prompt, seed + i) for prompt in prompts for i in range(num)]
-    images: list[Tensor] = []
-    for part in batches(len(jobs), 16):
-        texts, seeds = map(list, zip(*jobs[part]))
-        stream = model.steps(texts, num_steps=steps, guidance_scale=guidance, seeds=seeds)
-        for step in progress(stream, total=steps + 1, desc="denoising"):
-            last = step
-        images += model.to_image(last.z)
+    texts = [prompt for prompt in prompts for _ in range(num)]
+    seeds = [seed + i for _ in prompts for i in range(num)]
+    images = draw(LatentDiffusion.load(checkpoint), texts, seeds, num_steps=steps, guidance_scale=guidance)
     if as_sheet:
-        files = {out: contact_sheet(torch.stack(images), columns=num if len(prompts) > 1 else None)}
+        files = {out: contact_sheet(images, columns=num if len(prompts) > 1 else None)}
     else:
-        names = [f"{i // num:02d}-{_slug(text)}-seed{s}.png" for i, (text, s) in enumerate(jobs)]
+        names = [file_name(i // num, *one) for i, one in enumerate(zip(texts, seeds))]
         files = {out / name: image for name, image in zip(names, images)}
         out.mkdir(exist_ok=True)
     for path, image in files.items():
         write_png(path, image)
         typer.echo(path)
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "picture"
 
 
 def _names_a_file(out: Path) -> bool:
@@ -171,49 +153,20 @@ def reconstruct(
     RGB at 8 bits, mean of the pictures' values. A picture is padded by reflection to a multiple of the first
     stage's f, and cropped back. The bicubic copy is the picture shrunk by f and enlarged again.
     """
+    if out is not None and _names_a_file(out) and source.is_dir():
+        _refuse(f"{source} is a folder, so --out must name a folder too, not {out}.")
+
     from ldm_edu.autoencoder import FirstStage
     from ldm_edu.datasets.metadata import list_pictures
-    from ldm_edu.evaluation.reconstruction import score_files
+    from ldm_edu.evaluation.reconstruction import mean_scores, output_paths, score_files, table
     from ldm_edu.runtime import pick_device
 
     paths = [entry.path for entry in list_pictures(source)] if source.is_dir() else [source]
-    targets = {} if out is None else _targets(source, paths, out)
+    targets = {} if out is None else output_paths(source, paths, out)
     device = pick_device()
-    first_stage = FirstStage.load(checkpoint).to(device)
-    _print_scores(score_files(first_stage, paths, targets, device), as_json)
-
-
-def _targets(source: Path, paths: list[Path], out: Path) -> dict[Path, Path]:
-    """Where each picture's reconstruction goes."""
-    if _names_a_file(out):
-        if source.is_dir():
-            _refuse(f"{source} is a folder, so --out must name a folder too, not {out}.")
-        targets = {source: out}
-    else:
-        home = source if source.is_dir() else source.parent
-        names = ["-".join(path.relative_to(home).with_suffix("").parts) for path in paths]
-        if len(set(names)) < len(names):  # a.jpg beside a.png
-            names = ["-".join(path.relative_to(home).parts) for path in paths]
-        targets = {path: out / f"{name}.png" for path, name in zip(paths, names)}
-    originals = {path.resolve() for path in paths}
-    for target in targets.values():
-        if target.resolve() in originals:
-            _refuse(f"--out {out} would overwrite the original {target}. Name another place.")
-    return targets
-
-
-def _print_scores(scores: dict[Path, Score], as_json: bool) -> None:
-    from ldm_edu.evaluation.reconstruction import mean_scores
-
+    scores = score_files(FirstStage.load(checkpoint).to(device), paths, targets, device)
     means = mean_scores(list(scores.values()))
-    if as_json:
-        typer.echo(json.dumps(means, allow_nan=False))
-        return
-    line = "{:6.2f} dB {:7.4f} {:6.2f} dB  {}".format
-    typer.echo("     PSNR    SSIM   bicubic  picture")
-    for path, one in scores.items():
-        typer.echo(line(one.psnr, one.ssim, one.bicubic_psnr, path))
-    typer.echo(line(means["psnr"], means["ssim"], means["bicubic_psnr"], f"mean of {means['images']}"))
+    typer.echo(json.dumps(means, allow_nan=False) if as_json else table(scores))
 
 
 @app.command()
@@ -282,6 +235,28 @@ def evaluate(
     for group, share in result["faithfulness"].items():
         typer.echo(f"{group:>9} {share:6.1%}")
     typer.echo(f"{result['captions']} captions a group, seed {result['seed']}")
+
+
+@app.command()
+def bench(
+    what: Annotated[str, typer.Argument(metavar="first-stage", help="What to time.")],
+    size: Annotated[
+        int | None, typer.Option(metavar="PIXELS", help="Side of the picture; by default 128, on a GPU 512.")
+    ] = None,
+    runs: Annotated[int, typer.Option(help="Runs of each side, for the median.")] = 10,
+    channels: Annotated[int, typer.Option(help="Width of the network; 128 is Stable Diffusion's.")] = 128,
+    large: Annotated[bool, typer.Option("--large", help="Decode 1024x1024, too: minutes on a CPU.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Our speed and memory beside diffusers', with the same weights, turn by turn. Let nothing else run."""
+    if what != "first-stage":
+        _refuse(f"There is no bench {what!r}; there is first-stage.")
+    _at_least(1, "--runs", runs)
+
+    from ldm_edu.bench import first_stage, table
+
+    rows = first_stage(size, runs, channels, large)
+    typer.echo(json.dumps({"rows": rows}, allow_nan=False) if as_json else table(rows))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

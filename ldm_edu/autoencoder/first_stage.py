@@ -83,11 +83,15 @@ class FirstStage(nn.Module):
         raise NotImplementedError
 
     def to_picture(self, latent: Tensor) -> Tensor:
-        """D, on a latent as training gave it. A picture too large for the memory is made in strips (`strips`)."""
-        latent = self.post_quant_conv(latent)
+        """D, on a latent as training gave it.
+
+        A batch too large for the memory is decoded picture by picture, a picture too large in strips (`strips`).
+        """
         if torch.is_grad_enabled() or fits_whole(self.decoder, latent):
-            return self.decoder(latent)
-        return decode_in_strips(self.decoder, latent)
+            return self.decoder(self.post_quant_conv(latent))
+        if len(latent) > 1:
+            return torch.cat([self.to_picture(one) for one in latent.split(1)])
+        return decode_in_strips(self.decoder, self.post_quant_conv(latent))
 
     def save(self, folder: Path | str, card: str, history: str | None = None) -> None:
         """Write a checkpoint, whole or not at all."""

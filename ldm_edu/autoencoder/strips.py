@@ -17,25 +17,25 @@ from ldm_edu.autoencoder.encoder import Decoder
 from ldm_edu.layers import ResidualBlock, Upsample
 
 ROWS = 64
-WHOLE_LIMIT = 3 * 2**30  # bytes of activations; on a GPU, what is free
-COPIES = 5  # how many of its largest activations a decoding in one piece holds at once
+WHOLE_LIMIT = 5 * 2**29  # bytes of activations, 2.5 GiB; on a GPU, what is free
+COPIES = 4  # of its largest activation, that a decoding in one piece holds at once
 
 
 def fits_whole(decoder: Decoder, latent: Tensor) -> bool:
     """Whether the pictures of these latents `(B, c, h, w)` can be decoded in one piece."""
-    widths, f = decoder.config.widths, decoder.config.f
-    pixels = len(latent) * latent.shape[2] * latent.shape[3] * f**2
-    need = COPIES * pixels * max(widths[:2]) * latent.element_size()
-    limit = torch.cuda.mem_get_info(latent.device)[0] if latent.device.type == "cuda" else WHOLE_LIMIT
-    return need <= limit
+    config, device = decoder.config, latent.device
+    # What a level gets is as wide as the level below it, at twice that one's resolution.
+    widest = max(width / 4 ** max(level - 1, 0) for level, width in enumerate(config.widths))
+    pixels = len(latent) * latent.shape[2] * latent.shape[3] * config.f**2
+    limit = WHOLE_LIMIT
+    if device.type == "cuda":  # free for all, and free in what torch holds already
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        limit = torch.cuda.mem_get_info(device)[0] + held
+    return COPIES * pixels * widest * latent.element_size() <= limit
 
 
 def decode_in_strips(decoder: Decoder, latent: Tensor, rows: int = ROWS) -> Tensor:
-    """`decoder(latent)` with little memory, a picture at a time: `(B, c, h, w)` to `(B, 3, f·h, f·w)`."""
-    return torch.cat([_decode_one(decoder, one, rows) for one in latent.split(1)])
-
-
-def _decode_one(decoder: Decoder, latent: Tensor, rows: int) -> Tensor:
+    """`decoder(latent)` with little memory: `(B, c, h, w)` to `(B, 3, f·h, f·w)`. No gradients: parts are in place."""
     h = decoder.middle(decoder.conv_in(latent))
     for level in decoder.up:
         for block in level.blocks:
@@ -63,14 +63,17 @@ def _upsample(layer: Upsample, x: Tensor, rows: int) -> Tensor:
 
 def _normed_conv(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor, rows: int) -> Tensor:
     """conv(swish(norm(x))), with the statistics of the whole of `x`."""
-    var, mean = torch.var_mean(x.unflatten(1, (norm.num_groups, -1)).flatten(2).float(), dim=2, correction=0)
+    groups = [torch.var_mean(g.float(), dim=(1, 2, 3), correction=0) for g in x.chunk(norm.num_groups, dim=1)]
+    var, mean = (torch.stack(t, dim=1) for t in zip(*groups))
     each = x.shape[1] // norm.num_groups
     scale = (var + norm.eps).rsqrt().repeat_interleave(each, dim=1) * norm.weight
     shift = norm.bias - mean.repeat_interleave(each, dim=1) * scale
-    scale, shift = (t.to(x.dtype)[:, :, None, None] for t in (scale, shift))
-    return _conv(
-        conv, lambda top, bottom: F.silu(x[:, :, top:bottom] * scale + shift, inplace=True), x.shape[2], rows
-    )
+    scale, shift = scale[:, :, None, None], shift[:, :, None, None]
+
+    def swished(top: int, bottom: int) -> Tensor:
+        return F.silu((x[:, :, top:bottom].float() * scale + shift).to(x.dtype), inplace=True)
+
+    return _conv(conv, swished, x.shape[2], rows)
 
 
 def _conv(conv: nn.Conv2d, read: Callable[[int, int], Tensor], height: int, rows: int) -> Tensor:

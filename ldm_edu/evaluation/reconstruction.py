@@ -143,6 +143,38 @@ def score_files(
     return scores
 
 
+def output_paths(source: Path, paths: Sequence[Path], out: Path) -> dict[Path, Path]:
+    """Where the reconstructions go: to `out` if that is a FILE.png, else into that folder. `paths` are from `source`.
+
+    Raises:
+        UserError: a result would overwrite an original.
+    """
+    if out.suffix.lower() == ".png" and not out.is_dir():
+        places = dict.fromkeys(paths, out)
+    else:
+        home = source if source.is_dir() else source.parent
+        names = ["-".join(path.relative_to(home).with_suffix("").parts) for path in paths]
+        if len(set(names)) < len(names):  # a.jpg beside a.png
+            names = ["-".join(path.relative_to(home).parts) for path in paths]
+        places = {path: out / f"{name}.png" for path, name in zip(paths, names)}
+    originals = {path.resolve() for path in paths}
+    for place in places.values():
+        if place.resolve() in originals:
+            raise UserError(f"{out} would overwrite the original {place}. Name another place.")
+    return places
+
+
+def table(scores: Mapping[Path, Score]) -> str:
+    """A line for each picture, and one for their mean."""
+    line = "{:6.2f} dB {:7.4f} {:6.2f} dB  {}".format
+    means = mean_scores(list(scores.values()))
+    return "\n".join(
+        ["     PSNR    SSIM   bicubic  picture"]
+        + [line(one.psnr, one.ssim, one.bicubic_psnr, path) for path, one in scores.items()]
+        + [line(means["psnr"], means["ssim"], means["bicubic_psnr"], f"mean of {means['images']}")]
+    )
+
+
 def mean_scores(scores: Sequence[Score]) -> dict[str, float | int]:
     """`{"psnr", "ssim", "bicubic_psnr", "images"}`: means over pictures, and how many there were.
 

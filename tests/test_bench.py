@@ -1,0 +1,169 @@
+"""`ldm-edu bench first-stage`: what it prints, that both sides do the same, how it counts. No time is asserted."""
+
+import json
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from commands import refused, run
+
+from ldm_edu import bench
+from ldm_edu.autoencoder import AutoencoderConfig
+
+KEYS = "name device precision ours_s peer peer_s ratio max_abs_diff ours_peak_mb peer_peak_mb".split()
+TINY = bench.Job(False, AutoencoderConfig(channels=32, channel_multipliers=(1, 2), blocks=1), "cpu", 8)
+PEER = replace(TINY, peer=True)
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LDM_EDU_DEVICE", "cpu")
+
+
+class Here:
+    """Stands for the process of a side, and does its work in this one."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __enter__(self) -> "Here":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, measure: Callable, job: bench.Job) -> Future:
+        done: Future = Future()
+        done.set_result(measure(job))
+        return done
+
+
+@pytest.mark.slow
+def test_one_json_object_with_all_rows():
+    result = run("bench", "first-stage", "--size", 8, "--channels", 32, "--runs", 1, "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert list(report) == ["rows"]
+    rows = report["rows"]
+    names = [(row["name"], row["precision"]) for row in rows]
+    assert names[:2] == [("encode", "float32"), ("decode", "float32")]
+    assert [name for name, _ in names[-2:]] == ["encode, best", "decode, best"]
+    for row in rows:
+        assert list(row) == KEYS and row["device"] == "cpu" and row["peer"].startswith("diffusers 0.")
+        assert row["ratio"] == pytest.approx(row["peer_s"] / row["ours_s"]) and row["ours_s"] > 0
+        # The same weights and inputs: in float32 equal up to rounding, else to bfloat16's 8 bits.
+        assert 0 <= row["max_abs_diff"] < (1e-4 if row["precision"] == "float32" else 0.2)
+        if sys.platform == "linux":  # Python, torch and diffusers alone are over 100 MB
+            assert 100 < row["ours_peak_mb"] < 10_000 and 100 < row["peer_peak_mb"] < 10_000
+    assert "bench on cpu" in result.stderr
+
+
+@pytest.mark.parametrize("task", ["encode", "decode"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_both_sides_have_the_same_weights_and_input(task: str, channels_last: bool):
+    job = replace(TINY, task=task, size=16, channels_last=channels_last)
+    ours, _, seconds = bench._result(job)
+    theirs = bench._result(replace(job, peer=True))[0]
+    assert ours.shape == theirs.shape == ((1, 4, 8, 8) if task == "encode" else (1, 3, 16, 16))
+    assert abs(ours - theirs).max() < 1e-4 < ours.std() and seconds > 0
+    assert abs(bench._result(replace(job, precision="bfloat16"))[0] - ours).max() > 1e-4, "precision is ignored"
+
+
+def test_each_side_is_the_network_that_its_row_names():
+    assert type(bench._network(TINY)).__module__ == "ldm_edu.autoencoder.kl"
+    theirs = bench._network(replace(PEER, precision="bfloat16", channels_last=True))
+    assert type(theirs).__module__.startswith("diffusers.")
+    weights = theirs.decoder.conv_in.weight
+    assert weights.dtype == torch.bfloat16 and weights.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps the peak of a process's memory")
+def test_the_peak_is_that_of_one_call(monkeypatch: pytest.MonkeyPatch):
+    def peak(megabytes: int) -> float:
+        monkeypatch.setattr(bench, "_call", lambda job: lambda: torch.ones(megabytes * 2**18)[:1].clone())
+        return bench._result(TINY)[1]
+
+    small, large, again = peak(1), peak(400), peak(1)
+    assert large - small == pytest.approx(399, abs=40) and abs(again - small) < 40
+
+
+def test_turns_alternate_and_medians_are_compared():
+    asked = []
+    seconds = {False: iter([1.0, 9.0, 2.0]), True: iter([8.0, 3.0, 4.0])}
+
+    def measure(what: Callable, job: bench.Job) -> Any:
+        asked.append((what is bench._seconds, job.peer))
+        if what is bench._seconds:
+            return next(seconds[job.peer])
+        return np.array([1.0, 5.0 + job.peer]), 10.0 + job.peer, 0.5 * (1 + job.peer)
+
+    other = replace(PEER, precision="bfloat16", channels_last=True)
+    row = bench._row("decode", TINY, other, 3, measure)
+    assert asked == [(False, False), (False, True)] + 3 * [(True, False), (True, True)]
+    assert (row["ours_s"], row["peer_s"], row["ratio"], row["max_abs_diff"]) == (2, 4, 2, 1)
+    assert (row["ours_peak_mb"], row["peer_peak_mb"]) == (10, 11)
+    assert row["precision"] == "ours float32; peer bfloat16, channels last"
+    once = bench._row("decode", TINY, PEER, 0, measure)
+    assert (once["ours_s"], once["peer_s"], once["precision"]) == (0.5, 1.0, "float32")
+
+
+def test_best_is_each_sides_own_fastest(monkeypatch: pytest.MonkeyPatch):
+    """In this world ours is fastest in bfloat16, channels last, and theirs in float32, channels first."""
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(bench, "has_fast_bfloat16", lambda device: True)
+    monkeypatch.setattr(bench, "_result", lambda job: (np.zeros(1), 1.0, float(job.size)))
+
+    def seconds(job: bench.Job) -> float:
+        slow = (job.precision == "float32") + (not job.channels_last)
+        return 3.0 - slow if job.peer else 1.0 + slow
+
+    monkeypatch.setattr(bench, "_seconds", seconds)
+    rows = bench.first_stage(size=8, runs=2, channels=32, large=True)
+    assert [(row["name"], row["precision"]) for row in rows] == [
+        ("encode", "float32"),
+        ("decode", "float32"),
+        ("encode", "bfloat16"),
+        ("decode", "bfloat16"),
+        ("encode, best", "ours bfloat16, channels last; peer float32"),
+        ("decode, best", "ours bfloat16, channels last; peer float32"),
+        ("decode 1024x1024", "float32"),
+    ]
+    assert [row["ratio"] for row in rows] == [1 / 3, 1 / 3, 1, 1, 1, 1, 1]
+    assert rows[-1]["ours_s"] == 1024  # once, and not again for a median
+
+
+def test_a_table_for_people(monkeypatch: pytest.MonkeyPatch):
+    row = dict(zip(KEYS, ["decode", "cpu", "float32", 0.5, "diffusers 9 AutoencoderKL", 0.75, 1.5, 2e-6, 812.4, None]))
+    monkeypatch.setattr(bench, "first_stage", lambda *options: [row])
+    result = run("bench", "first-stage")
+    header, line, end = result.stdout.splitlines()
+    assert header.split()[:2] == ["device", "precision"] and "diffusers 9 AutoencoderKL" in end
+    assert line.split() == ["decode", "cpu", "float32", "0.5000", "0.7500", "1.500", "2.0e-06", "812", "?"]
+
+
+def test_without_diffusers_words(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    refused(run("bench", "first-stage", "--json"), "needs diffusers", "pip install -e .[test]")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["unet"], ["'unet'", "first-stage"]),
+        (["first-stage", "--size", 100], ["multiple of 8", "100"]),
+        (["first-stage", "--size", 0], ["multiple of 8", "0"]),
+        (["first-stage", "--channels", 48], ["multiple of 32", "48"]),
+        (["first-stage", "--channels", 0], ["multiple of 32", "0"]),
+        (["first-stage", "--runs", 0], ["--runs", "0"]),
+        ([], ["first-stage"]),
+    ],
+)
+def test_bench_refuses(monkeypatch: pytest.MonkeyPatch, arguments: list, words: list[str]):
+    monkeypatch.setattr(bench, "_rows", SimpleNamespace)  # which would start the processes
+    refused(run("bench", *arguments), *words)

@@ -33,9 +33,9 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or not what was asked for."""
 
 
-def names() -> list[str]:
-    """The committed checkpoints."""
-    folders = (p.parent for p in HOME.glob("*/config.json"))
+def names(prefix: str = "") -> list[str]:
+    """The committed checkpoints whose names begin with `prefix`."""
+    folders = (p.parent for p in HOME.glob(f"{prefix}*/config.json"))
     return sorted(f.name for f in folders if f.suffix not in (".tmp", ".old"))  # those of a writing that was killed
 
 

@@ -201,8 +201,12 @@ def train(
 
 @app.command()
 def evaluate(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A committed name, or a folder.")],
-    data: Annotated[Path | None, typer.Option(help="A folder of pictures, for a first stage.")] = None,
+    names: Annotated[
+        list[str], typer.Argument(metavar="CHECKPOINT...", help='Committed names or folders; "sweep" is the sweep.')
+    ],
+    data: Annotated[
+        Path | None, typer.Option(help="A folder of pictures, for first stages; several have a default.")
+    ] = None,
     captions: Annotated[int, typer.Option(help="Captions a group, for a text model.")] = 512,
     seed: Annotated[int, typer.Option(help="Of scenes and noise, for a text model.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -210,25 +214,36 @@ def evaluate(
     """Measure a checkpoint: a text model's faithfulness to captions, or a first stage's reconstructions.
 
     Faithfulness is the share of pictures with every object, colour, shape, size and relation as asked.
+    Several first stages are compared in one table; without --data on the held-out photographs of Caltech-101.
     """
     _at_least(1, "--captions", captions)
     _at_least(0, "--seed", seed)
 
     from ldm_edu import checkpoint as checkpoints
 
-    kind = checkpoints.read(checkpoints.find(checkpoint))[0].get("kind")
-    if kind == "autoencoder-kl":
+    names = [n for name in names for n in (checkpoints.names("sweep-") if name == "sweep" else [name])]
+    kinds = {name: checkpoints.read(checkpoints.find(name))[0].get("kind") for name in names}
+    text = [name for name, kind in kinds.items() if kind == "latent-diffusion"]
+    if len(names) > 1 and text:
+        _refuse(f"{text[0]} is a text model; only first stages can be compared. Name it alone.")
+    if len(names) > 1:
+        from ldm_edu.evaluation.comparison import compare_checkpoints, table
+
+        result = compare_checkpoints(names, data)
+        typer.echo(json.dumps(result, allow_nan=False) if as_json else table(result["rows"]))
+        return
+    if not text:
         if data is None:
-            _refuse(f"{checkpoint} is a first stage: name a folder of pictures with --data FOLDER.")
-        reconstruct(data, checkpoint=checkpoint, as_json=as_json)
+            _refuse(f"{names[0]} is a first stage: name a folder of pictures with --data FOLDER.")
+        reconstruct(data, checkpoint=names[0], as_json=as_json)
         return
     if data is not None:
-        _refuse(f"{checkpoint} is a text model, measured on captions of its own: leave out --data.")
+        _refuse(f"{names[0]} is a text model, measured on captions of its own: leave out --data.")
 
     from ldm_edu.evaluation.faithfulness import evaluate as faithfulness
     from ldm_edu.pipeline import LatentDiffusion
 
-    result = faithfulness(LatentDiffusion.load(checkpoint), captions=captions, seed=seed)
+    result = faithfulness(LatentDiffusion.load(names[0]), captions=captions, seed=seed)
     if as_json:
         typer.echo(json.dumps(result, allow_nan=False))
         return

@@ -42,6 +42,11 @@ class FirstStage(nn.Module):
         """The downsampling factor."""
         return self.config.f
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is; the CPU for the identity."""
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
     def moments(self, images: Tensor) -> Tensor:
         """E's output for pictures `(B, 3, H, W)` in [-1, 1]: `(B, encoder_channels, H/f, W/f)`.
 

@@ -39,16 +39,19 @@ class VectorQuantizer(nn.Module):
             kept it as its default, so the released VQ first stages were trained that way. Off here: it slows the
             codebook fourfold.
 
-    `restart_after`, an attribute: training steps after which a code that no latent chose is moved; 0 is never.
+    Two attributes concern training. `restart_after`: steps after which a code that no latent chose is moved; 0 is
+    never. `start`: the first step that quantises; before it D gets the latents as they are, and with restarts the
+    codes are moved onto them, so that quantising begins with a codebook that lies where the latents lie.
     """
 
     def __init__(self, size: int, channels: int, commitment_weight: float = 0.25, legacy: bool = False) -> None:
         super().__init__()
         self.commitment_weight, self.legacy = commitment_weight, legacy
-        self.restart_after = 0
+        self.restart_after = self.start = 0
         self.codebook = nn.Embedding(size, channels)
         nn.init.uniform_(self.codebook.weight, -1 / size, 1 / size)
         # Training steps since each code was last chosen; and since it was last chosen or moved.
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64), persistent=False)
         self.register_buffer("unused", torch.zeros(size, dtype=torch.int64), persistent=False)
         self.register_buffer("idle", torch.zeros(size, dtype=torch.int64), persistent=False)
 
@@ -103,7 +106,7 @@ def perplexity(codes: Tensor, size: int) -> Tensor:
 
     At most the number of codes given, so a perplexity read off a small batch says little about a large codebook.
     """
-    share = torch.bincount(codes.flatten(), minlength=size).float() / codes.numel()
+    share = torch.bincount(codes.flatten(), minlength=size).float() / max(codes.numel(), 1)
     return (-(share * share.clamp_min(1e-10).log()).sum()).exp()
 
 
@@ -142,8 +145,12 @@ class AutoencoderVQ(FirstStage):
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The quantised latent and the quantiser's loss."""
         latent, quantizer = self.encode(images), self.quantizer
-        quantized, loss, codes = quantizer(latent)
+        if quantizer.steps < quantizer.start:
+            quantized, loss, codes = latent, latent.new_zeros(()), torch.empty(0, dtype=torch.int64)
+        else:
+            quantized, loss, codes = quantizer(latent)
         quantizer.restart_dead_codes(latent, codes, generator)
+        quantizer.steps += 1
         size = self.config.codebook_size
         readings = {
             "codebook": loss.detach(),

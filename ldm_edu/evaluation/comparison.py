@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -11,8 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from ldm_edu.autoencoder import AutoencoderVQ, FirstStage, PerceptualLoss, PerceptualNetwork
-from ldm_edu.evaluation.reconstruction import bicubic_copy, pad_to_multiple, psnr, reconstruct, ssim
-from ldm_edu.runtime import autocast, has_fast_bfloat16, progress
+from ldm_edu.datasets.images import read_image
+from ldm_edu.datasets.metadata import list_pictures
+from ldm_edu.evaluation.reconstruction import (
+    MAX_MEGAPIXELS,
+    bicubic_copy,
+    pad_to_multiple,
+    psnr,
+    reconstruct,
+    ssim,
+)
+from ldm_edu.runtime import autocast, has_fast_bfloat16, pick_device, progress
+from ldm_edu.training.photographs import photographs
 
 PATCH = 64  # pixels; the Fréchet distance is between sets of patches of this side
 
@@ -50,7 +62,8 @@ class PatchFeatures(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """`(B, 3, PATCH, PATCH)` to `(B, num_features)`."""
-        return self.network(patches.float() / 127.5 - 1)[-1].mean(dim=(2, 3))
+        weight = next(self.network.parameters())
+        return self.network(patches.to(weight.dtype) / 127.5 - 1)[-1].mean(dim=(2, 3))
 
 
 def frechet_distance(originals: Sequence[Tensor], restored: Sequence[Tensor], judge: nn.Module) -> float:
@@ -61,8 +74,9 @@ def frechet_distance(originals: Sequence[Tensor], restored: Sequence[Tensor], ju
     """
     from torchmetrics.image.fid import FrechetInceptionDistance  # takes seconds to import
 
-    metric = FrechetInceptionDistance(feature=PatchFeatures(judge), input_img_size=(3, PATCH, PATCH))
-    metric.set_dtype(torch.float64)
+    features = PatchFeatures(copy.deepcopy(judge))
+    metric = FrechetInceptionDistance(feature=features, input_img_size=(3, PATCH, PATCH))
+    metric.set_dtype(torch.float64)  # of the copy, too
     for images, real in ((originals, True), (restored, False)):
         for image in images:
             metric.update(_patches(image), real=real)
@@ -125,12 +139,27 @@ def compare(first_stages: dict[str, FirstStage], images: Sequence[Tensor]) -> di
     Returns:
         {"rows": [a `Row` as a dictionary, ...], "images": how many}
     """
-    judge = PerceptualNetwork.load("perceptual-judge")
+    judge = PerceptualNetwork.load("perceptual-judge").to(next(iter(first_stages.values())).device)
     rows = [measure(name, stage, images, judge) for name, stage in first_stages.items()]
     for f in sorted({stage.f for stage in first_stages.values()} - {1}):
         copies = [bicubic_copy(image, f) for image in images]
         rows.append(_row(f"bicubic-f{f}", None, images, copies, PerceptualLoss(judge), set(), f))
     return {"rows": [asdict(row) for row in rows], "images": len(images)}
+
+
+def compare_checkpoints(names: Sequence[str], data: Path | None = None) -> dict[str, Any]:
+    """`compare` for checkpoints by name or folder, on a folder of pictures or the held-out photographs.
+
+    Raises:
+        UserError: a name is no first stage, or there are no pictures.
+    """
+    device = pick_device()
+    stages = {name: FirstStage.load(name).to(device) for name in names}
+    if data is None:
+        images = [image.float() / 127.5 - 1 for image in photographs("held-out")[0]]
+    else:
+        images = [read_image(entry.path, MAX_MEGAPIXELS) for entry in list_pictures(data)]
+    return compare(stages, images)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

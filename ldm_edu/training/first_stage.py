@@ -39,6 +39,7 @@ class FirstStageSettings(Settings):
         kl_weight: weight of the KL term of a KL first stage.
         codebook_weight: weight of the quantiser's loss of a VQ first stage.
         restart_after: training steps after which an idle code of the codebook is moved; 0 is never.
+        vq_start: the first step at which a VQ first stage quantises.
         l2_weight: weight of the squared error beside L1.
         perceptual: the perceptual loss: "ours" (the committed network), "lpips-vgg" (fetched), or "none".
         perceptual_weight: its weight.
@@ -51,6 +52,7 @@ class FirstStageSettings(Settings):
     kl_weight: float = 1e-6
     codebook_weight: float = 1.0
     restart_after: int = 0
+    vq_start: int = 0
     l2_weight: float = 0.0
     perceptual: str = "none"
     perceptual_weight: float = 1.0
@@ -87,7 +89,7 @@ def objective_of(model: FirstStage, settings: FirstStageSettings) -> FirstStageO
         perceptual = PerceptualLoss(PerceptualNetwork.load("perceptual")) if ours else lpips_vgg()
     is_vq = isinstance(model, AutoencoderVQ)
     if is_vq:
-        model.quantizer.restart_after = settings.restart_after
+        model.quantizer.restart_after, model.quantizer.start = settings.restart_after, settings.vq_start
     return FirstStageObjective(
         model,
         regulariser_weight=settings.codebook_weight if is_vq else settings.kl_weight,

@@ -66,7 +66,7 @@ def check(model: FirstStage, readings: Mapping[str, float], fraction: float) -> 
 
 
 def _histories(kind: str, f: int) -> Iterator[list[dict[str, str]]]:
-    for name in (n for n in checkpoint.names() if n.startswith("sweep-")):
+    for name in checkpoint.names("sweep-"):
         folder = checkpoint.HOME / name
         config = json.loads((folder / "config.json").read_text())
         if config["kind"] != kind or 2 ** (len(config["autoencoder"]["channel_multipliers"]) - 1) != f:

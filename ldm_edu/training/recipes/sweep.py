@@ -26,7 +26,7 @@ from ldm_edu.training.photographs import photographs, random_crops
 # colours into as few as those, networks must train for far longer.
 MULTIPLIERS = {2: (1, 2), 4: (1, 2, 3), 8: (1, 1, 2, 3), 16: (1, 1, 1, 1, 3)}
 CHANNELS = {2: 4, 4: 4, 8: 8, 16: 16}
-CODEBOOK = 16384
+CODEBOOK = 4096
 KL_WEIGHTS = ("1e-3", "1e-1")
 
 SETTINGS = {
@@ -60,7 +60,10 @@ class Recipe:
     @property
     def SETTINGS(self) -> dict[str, FirstStageSettings]:  # noqa: N802
         """The sizes."""
-        return {size: replace(s, disc_start=s.steps // 2, **self.changes) for size, s in SETTINGS.items()}
+        return {
+            size: replace(s, vq_start=s.steps // 3, disc_start=s.steps // 2, **self.changes)
+            for size, s in SETTINGS.items()
+        }
 
     @property
     def config(self) -> AutoencoderConfig:

@@ -1,8 +1,8 @@
 """Small first stages on photographs, alike but for one thing: the factor f, the regulariser, a loss, the KL weight.
 
     sweep-kl-f2 ... sweep-kl-f16, sweep-vq-f2 ... sweep-vq-f16    L1 + perceptual
-    sweep-kl-f4-l1, sweep-vq-f4-l1                                L1 alone
-    sweep-kl-f4-gan, sweep-vq-f4-gan                              L1 + perceptual + adversarial
+    sweep-kl-f4-l1                                                L1 alone
+    sweep-kl-f4-gan                                               L1 + perceptual + adversarial
     sweep-kl-f4-w1e-3, ...                                        another weight of the KL term
 """
 
@@ -43,10 +43,9 @@ SETTINGS = {
 
 def variants() -> Iterator[tuple[str, dict[str, object]]]:
     """Every name of the sweep, and the settings that it changes."""
-    for kind in ("kl", "vq"):
-        yield from ((f"sweep-{kind}-f{f}", {}) for f in MULTIPLIERS)
-        yield f"sweep-{kind}-f4-l1", {"perceptual": "none"}
-        yield f"sweep-{kind}-f4-gan", {"disc_weight": 0.5}
+    yield from ((f"sweep-{kind}-f{f}", {}) for kind in ("kl", "vq") for f in MULTIPLIERS)
+    yield "sweep-kl-f4-l1", {"perceptual": "none"}
+    yield "sweep-kl-f4-gan", {"disc_weight": 0.5}
     yield from ((f"sweep-kl-f4-w{weight}", {"kl_weight": float(weight)}) for weight in KL_WEIGHTS)
 
 
@@ -54,8 +53,16 @@ def variants() -> Iterator[tuple[str, dict[str, object]]]:
 class Recipe:
     """One of them, used as a recipe's module is."""
 
-    name: str
+    NAME: str
     changes: dict[str, object]
+
+    @property
+    def ABOUT(self) -> str:  # noqa: N802
+        """What the model card says."""
+        return f"""One of the small first stages of the comparison of KL with VQ and of the losses (section 3.1 of the
+paper), alike but for what the name says: {"VQ" if "vq" in self.NAME else "KL"}, f = {self.config.f}.
+
+{DATA}"""
 
     @property
     def SETTINGS(self) -> dict[str, FirstStageSettings]:  # noqa: N802
@@ -68,7 +75,7 @@ class Recipe:
     @property
     def config(self) -> AutoencoderConfig:
         """The model's shape."""
-        _, kind, f, *_ = self.name.split("-")
+        _, kind, f, *_ = self.NAME.split("-")
         shape = dict(
             latent_channels=CHANNELS[int(f[1:])],
             channels=16,
@@ -87,11 +94,7 @@ class Recipe:
         def get_images(count: int, generator: torch.Generator) -> Tensor:
             return random_crops(pictures, count, settings.size, generator, recolour=True)[0].to(device)
 
-        about = f"""One of the small first stages of the comparison KL against VQ and of the losses (section 3.1 of the
-paper): alike but for what the name says. {"VQ" if "vq" in self.name else "KL"}, f = {self.config.f}.
-
-{DATA}"""
-        return train_first_stage(self.name, self.config, settings, get_images, about, out, resume, on_step)
+        return train_first_stage(self.NAME, self.config, settings, get_images, self.ABOUT, out, resume, on_step)
 
 
 RECIPES = {name: Recipe(name, changes) for name, changes in variants()}

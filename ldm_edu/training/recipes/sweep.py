@@ -26,7 +26,7 @@ from ldm_edu.training.photographs import photographs, random_crops
 # colours into as few as those, networks must train for far longer.
 MULTIPLIERS = {2: (1, 2), 4: (1, 2, 3), 8: (1, 1, 2, 3), 16: (1, 1, 1, 1, 3)}
 CHANNELS = {2: 4, 4: 4, 8: 8, 16: 16}
-CODEBOOK = 4096
+CODEBOOK = 16384
 KL_WEIGHTS = ("1e-3", "1e-1")
 
 SETTINGS = {

@@ -26,7 +26,7 @@ from ldm_edu.training.photographs import photographs, random_crops
 # colours into as few as those, networks must train for far longer.
 MULTIPLIERS = {2: (1, 2), 4: (1, 2, 3), 8: (1, 1, 2, 3), 16: (1, 1, 1, 1, 3)}
 CHANNELS = {2: 4, 4: 4, 8: 8, 16: 16}
-CODEBOOK = 16384
+CODEBOOK = {2: 16384, 4: 16384, 8: 8192, 16: 4096}  # at high f, fewer latents to learn from, each a longer vector
 KL_WEIGHTS = ("1e-3", "1e-1")
 
 SETTINGS = {
@@ -83,7 +83,7 @@ paper), alike but for what the name says: {"VQ" if "vq" in self.NAME else "KL"},
             blocks=1,
             groups=2,
         )
-        return VQConfig(**shape, codebook_size=CODEBOOK) if kind == "vq" else AutoencoderConfig(**shape)
+        return VQConfig(**shape, codebook_size=CODEBOOK[int(f[1:])]) if kind == "vq" else AutoencoderConfig(**shape)
 
     def train(
         self, settings: FirstStageSettings, out: Path | None, resume: bool = False, on_step: OnStep | None = None

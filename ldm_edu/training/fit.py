@@ -95,7 +95,7 @@ def fit(
     bar.update(start)
     for step in range(start, settings.steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step)
+            group["lr"] = learning_rate(settings, step) * group.get("scale", 1.0)
         generator = step_generator(settings.seed, step, accelerator.process_index)
         loss, readings = prepared(get_batch(generator), generator)
         accelerator.backward(loss)
@@ -151,10 +151,15 @@ def _optimizer(objective: nn.Module, settings: Settings) -> torch.optim.Optimize
         betas=(settings.beta1, settings.beta2),
         weight_decay=settings.weight_decay,
     )
+    # A discriminator is played against, not only trained: little momentum, as is usual for GANs, and smaller steps.
+    theirs = [p for n, p in objective.named_parameters() if n.startswith("discriminator.")]
+    others = [dict(params=theirs, betas=(0.5, 0.9), scale=0.1)] if theirs else []
     if settings.optimizer == "muon":
-        return Muon(objective, **common)
-    weights = [p for p in objective.parameters() if p.requires_grad]
-    return torch.optim.AdamW(weights, **common, fused=weights[0].device.type in ("cuda", "cpu"))
+        return Muon(objective, **common, others=others)
+    ours = [p for p in objective.parameters() if p.requires_grad and all(p is not q for q in theirs)]
+    return torch.optim.AdamW(
+        [dict(params=ours), *others], **common, fused=ours[0].device.type in ("cuda", "cpu")
+    )
 
 
 def prepare_folder(out: Path, resume: bool) -> None:

@@ -7,6 +7,8 @@ learns at one speed. torch has it for 2-D weights alone (`torch.optim.Muon`); he
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -36,19 +38,29 @@ class Muon(torch.optim.Optimizer):
         model: whose trainable weights. Embeddings and codebooks are lists of vectors, not maps: AdamW's.
         lr: learning rate; set each group's "lr" before each step for a schedule.
         betas: AdamW's; Muon's momentum is 0.95, with Nesterov's look ahead.
+        others: more groups of weights, all AdamW's, with settings of their own.
     """
 
-    def __init__(self, model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        others: Sequence[dict] = (),
+    ) -> None:
         matrices = {
             id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)
         }
         groups: dict[tuple[int, int] | None, list[nn.Parameter]] = {}
-        for p in (p for p in model.parameters() if p.requires_grad):
+        grouped = {id(p) for group in others for p in group["params"]}
+        for p in (p for p in model.parameters() if p.requires_grad and id(p) not in grouped):
             shape = (p.shape[0], p[0].numel()) if id(p) in matrices else None
             groups.setdefault(shape, []).append(p)
         # Matrices of one shape are orthogonalised together: many small ones would cost more than they hold.
         super().__init__(
-            [dict(params=params, matrix=shape is not None) for shape, params in groups.items()],
+            [dict(params=params, matrix=shape is not None) for shape, params in groups.items()]
+            + [dict(group, matrix=False) for group in others],
             dict(lr=lr, betas=betas, weight_decay=weight_decay, momentum=0.95, eps=1e-8),
         )
 

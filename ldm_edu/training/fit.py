@@ -153,7 +153,7 @@ def _optimizer(objective: nn.Module, settings: Settings) -> torch.optim.Optimize
     )
     # A discriminator is played against, not only trained: little momentum, as is usual for GANs, and smaller steps.
     theirs = [p for n, p in objective.named_parameters() if n.startswith("discriminator.")]
-    others = [dict(params=theirs, betas=(0.5, 0.9), scale=0.1)] if theirs else []
+    others = [dict(params=theirs, betas=(0.5, 0.9), scale=0.5)] if theirs else []
     if settings.optimizer == "muon":
         return Muon(objective, **common, others=others)
     ours = [p for p in objective.parameters() if p.requires_grad and all(p is not q for q in theirs)]

@@ -62,7 +62,7 @@ def test_a_convolution_is_a_matrix_and_an_embedding_is_not():
     Muon(model, lr=1.0, betas=(0.9, 0.99), weight_decay=0.0).step()
     step = (before - model[0].weight.detach()).flatten(1)
     expected = 0.2 * 27**0.5 * orthogonalized(gradient.flatten(1)).float()
-    torch.testing.assert_close(step, expected, atol=0.02, rtol=0)
+    assert (step - expected).norm() < 0.05 * expected.norm()
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])

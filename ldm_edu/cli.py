@@ -202,7 +202,8 @@ def train(
 @app.command()
 def evaluate(
     names: Annotated[
-        list[str], typer.Argument(metavar="CHECKPOINT...", help='Committed names or folders; "sweep" is the sweep.')
+        list[str],
+        typer.Argument(metavar="CHECKPOINT...", help="Names or folders; sweep: all of it; shapes: ShapeScenes."),
     ],
     data: Annotated[
         Path | None, typer.Option(help="A folder of pictures, for first stages; several have a default.")
@@ -221,6 +222,12 @@ def evaluate(
 
     from ldm_edu import checkpoint as checkpoints
 
+    if names == ["shapes"]:
+        from ldm_edu.evaluation.scenes import measure_scenes
+
+        scenes = measure_scenes()
+        typer.echo(json.dumps(scenes) if as_json else "\n".join(f"{k:>20} {v}" for k, v in scenes.items()))
+        return
     names = [n for name in names for n in (checkpoints.names("sweep-") if name == "sweep" else [name])]
     kinds = {name: checkpoints.read(checkpoints.find(name))[0].get("kind") for name in names}
     text = [name for name, kind in kinds.items() if kind == "latent-diffusion"]

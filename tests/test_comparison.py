@@ -95,6 +95,12 @@ def test_a_text_model_is_not_compared(models: SimpleNamespace, here: Path):
     refused(run("evaluate", models.first, models.text, "--data", "set"), "text model", "alone")
 
 
+def test_the_scenes_are_read_back_as_the_command_says(here: Path):
+    scenes = json.loads(run("evaluate", "shapes", "--json").stdout)
+    assert list(scenes) == ["pictures_per_second", "read", "read_reconstructed", "count", "seed"]
+    assert scenes["read"] >= 0.995 and 0.97 < scenes["read_reconstructed"] <= 1 and scenes["count"] == 1000
+
+
 def test_the_sweep_is_what_is_committed_of_it():
     found = checkpoint.names("sweep-")
     assert {"sweep-kl-f4", "sweep-vq-f4"} <= set(found) and "photos-kl-f4" not in found

@@ -40,16 +40,18 @@ def sheet(images: Tensor, columns: int | None = None) -> np.ndarray:
 def img_tag(picture: np.ndarray, alt: str, scale: float = 1, colours: int | None = None) -> str:
     """An HTML `<img>`: the picture's own pixels, enlarged `scale` times by the browser, without smoothing.
 
-    The size stands in `width` too, because some viewers of notebooks drop styles.
+    Below 1 it shrinks the picture, and smooths: leaving out every other pixel would break letters. The size
+    stands in `width` too, because some viewers of notebooks drop styles.
     """
     width = round(picture.shape[1] * scale)
     if picture.shape[1] <= TINY and scale >= 2:
         # Viewers that drop styles smooth what they enlarge, and of 8 x 8 pixels they leave nothing to see.
         picture = picture.repeat(int(scale), axis=0).repeat(int(scale), axis=1)
     payload = base64.b64encode(png(picture, colours)).decode("ascii")
+    rendering = "image-rendering: pixelated; " if scale >= 1 else ""
     return (
         f'<img alt="{html.escape(alt)}" width="{width}"'
-        f' style="image-rendering: pixelated; width: {width}px; max-width: 100%; height: auto; margin: 0"'
+        f' style="{rendering}width: {width}px; max-width: 100%; height: auto; margin: 0"'
         f' src="data:image/png;base64,{payload}">'
     )
 

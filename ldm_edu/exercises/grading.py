@@ -16,6 +16,10 @@ Mistake = tuple[str, Answer]  # what to say, and a function that makes this mist
 class ExerciseError(AssertionError):
     """A wrong answer, in words for the learner."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows: the words alone. Where the check noticed is no help."""
+        return [str(self)]
+
 
 def grade(
     name: str, answer: Answer, right: Answer, cases: Sequence[tuple], mistakes: Sequence[Mistake] = ()

@@ -55,7 +55,7 @@ class LossCurve(StillBox):
         self._drawn_at = time.monotonic()
 
     def still(self) -> bytes | None:
-        return png(self._drawing()) if self.steps else None
+        return png(self._drawing(), colours=64) if self.steps else None
 
     def _drawing(self) -> np.ndarray:
         figure = Figure(figsize=(6.4, 3.2), dpi=100, layout="constrained")
@@ -63,7 +63,8 @@ class LossCurve(StillBox):
         for name, values in self.values.items():
             (line,) = axes.plot(self.steps, values, linewidth=0.8, alpha=0.4)
             axes.plot(self.steps, _smooth(values), color=line.get_color(), linewidth=1.8, label=name)
-        axes.set(title="Training", xlabel="step", ylabel=" / ".join(self.names))
+        label = " / ".join(self.names)
+        axes.set(title="Training", xlabel="step", ylabel=label if len(label) < 40 else "")  # else the legend's job
         axes.set_yscale("log" if self.log_scale else "linear")
         axes.grid(alpha=0.3)
         if len(self.names) > 1:

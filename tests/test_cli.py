@@ -15,6 +15,7 @@ from ldm_edu.training import recipes
 
 pytest_plugins = ["commands"]
 ROOT = Path(__file__).parents[1]
+COMMANDS = ("sample", "reconstruct", "train", "evaluate", "bench", "lab")
 
 
 @pytest.fixture
@@ -101,10 +102,10 @@ def test_help_does_not_wait_for_torch():
     assert imports.stdout == "[]\n", imports.stderr
     result = program("--help")
     assert result.returncode == 0
-    assert all(command in result.stdout for command in ("sample", "reconstruct", "train", "evaluate", "lab"))
+    assert all(command in result.stdout for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", ["sample", "reconstruct", "train", "evaluate", "lab"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command: str):
     result = run(command, "--help")
     assert result.exit_code == 0 and len(result.stdout.splitlines()) > 5

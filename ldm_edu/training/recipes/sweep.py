@@ -45,7 +45,7 @@ def variants() -> Iterator[tuple[str, dict[str, object]]]:
     """Every name of the sweep, and the settings that it changes."""
     yield from ((f"sweep-{kind}-f{f}", {}) for kind in ("kl", "vq") for f in MULTIPLIERS)
     yield "sweep-kl-f4-l1", {"perceptual": "none"}
-    yield "sweep-kl-f4-gan", {"disc_weight": 0.5}
+    yield "sweep-kl-f4-gan", {"disc_weight": 0.1}
     yield from ((f"sweep-kl-f4-w{weight}", {"kl_weight": float(weight)}) for weight in KL_WEIGHTS)
 
 

@@ -20,6 +20,8 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
+# A widget lives in its kernel. Stored, it names a model that is gone, and shows as an error in place of its picture.
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def read(path: Path) -> nbformat.NotebookNode:
@@ -32,11 +34,13 @@ def read(path: Path) -> nbformat.NotebookNode:
 
 
 def normalise(book: nbformat.NotebookNode) -> None:
-    """Drop what belongs to one run, machine or editor: widget state, times, versions, folded cells."""
+    """Drop what belongs to one run, machine or editor: live widgets, times, versions, folded cells."""
     book.metadata = nbformat.from_dict(METADATA)
     for cell in book.cells:
         tags = cell.metadata.get("tags")
         cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
+        for output in cell.get("outputs", []):
+            output.get("data", {}).pop(WIDGET, None)
 
 
 def refresh(path: Path) -> None:

@@ -82,6 +82,13 @@ def test_format_and_metadata(path: Path):
 
 
 @each
+def test_a_widget_is_stored_as_a_picture_and_words(path: Path):
+    """Its kernel is gone: what would show it live shows an error where the notebook is only read."""
+    live = [where for where, output in outputs(path) if any("widget" in kind for kind in output.get("data", {}))]
+    assert not live, "make refresh"
+
+
+@each
 def test_sizes(path: Path):
     large = [
         f"{where} {len(json.dumps(out)) // 1024} KB"

@@ -70,7 +70,7 @@ class FirstStageSettings(Settings):
 def new_first_stage(config: AutoencoderConfig) -> FirstStage:
     """An untrained first stage: VQ for a `VQConfig`, else KL. Residual blocks and attention begin at nothing.
 
-    So the network begins almost linear, and colours and edges are found sooner: measured in the recipe `sweep`.
+    So the network begins almost linear. (In one run each, 400 steps led to 20.3 dB on training crops so, 19.3 dB else.)
     """
     model = AutoencoderVQ(config) if isinstance(config, VQConfig) else AutoencoderKL(config)
     for name, weight in model.named_parameters():

@@ -18,7 +18,7 @@ class Settings:
         steps: optimiser steps.
         batch_size: pictures a step, in each process.
         learning_rate: the highest one, reached after `warmup` steps; then a cosine down to zero.
-        optimizer: "adamw" as in the paper, or "muon", which needs fewer steps (`muon`).
+        optimizer: "adamw" as in the paper, or "muon" (see there).
         weight_decay, beta1, beta2: of AdamW.
         gradient_clip: the largest norm of the gradient.
         ema_decay: of the averaged weights, which are the ones kept.

@@ -40,7 +40,7 @@ def pictures(generator: torch.Generator | None = None) -> Tensor:
     return torch.rand(2, 3, 16, 16, generator=generator or torch.Generator().manual_seed(3)) * 2 - 1
 
 
-def gan(vq: bool = False, perceptual: bool = False, **arguments: object) -> FirstStageObjective:
+def gan(vq: bool = False, perceptual: bool = False, vq_start: int = 0, **arguments: object) -> FirstStageObjective:
     """A small first stage with a discriminator that says something."""
     torch.manual_seed(0)
     model = tiny.first_stage()
@@ -48,7 +48,7 @@ def gan(vq: bool = False, perceptual: bool = False, **arguments: object) -> Firs
         model = tiny.stirred(AutoencoderVQ(VQConfig(
             latent_channels=2, channels=8, channel_multipliers=(1, 1, 2), blocks=1, groups=4, codebook_size=16
         )))  # fmt: skip
-        model.quantizer.restart_after = 2
+        model.quantizer.restart_after, model.quantizer.start = 3, vq_start
     network = tiny.stirred(PerceptualNetwork(PerceptualConfig(widths=(4, 8)))) if perceptual else None
     discriminator = tiny.stirred(PatchDiscriminator(4, layers=1))
     return FirstStageObjective(
@@ -247,14 +247,14 @@ def stop_at_four(step: int, readings: dict[str, float]) -> None:
         raise Stopped
 
 
-@pytest.mark.parametrize("disc_start", [1, 3])
+@pytest.mark.parametrize("disc_start, vq_start", [(1, 0), (3, 0), (1, 3)])
 def test_a_resumed_gan_training_equals_one_that_never_stopped(
-    disc_start: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    disc_start: int, vq_start: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(os, "fsync", lambda file: None)  # a busy disk takes seconds, and no power fails here
 
     def build() -> FirstStageObjective:
-        return gan(vq=True, perceptual=True, disc_start=disc_start)
+        return gan(vq=True, perceptual=True, vq_start=vq_start, disc_start=disc_start)
 
     def run(folder: str, **arguments: object) -> tuple[dict[str, Tensor], str]:
         objective = build()

@@ -247,6 +247,21 @@ def test_what_training_gets():
     assert readings["usage"].item() == pytest.approx(usage(codes, 16))
 
 
+def test_before_its_start_nothing_is_quantised_and_codes_are_laid_out():
+    model, images, draws = first_stage(), draw(2, 3, 16, 16).clamp(-1, 1), torch.Generator()
+    quantizer, before = model.quantizer, model.quantizer.codebook.weight.detach().clone()
+    quantizer.start, quantizer.restart_after = 3, 2
+    rows = {tuple(row) for row in model.encode(images).movedim(1, -1).reshape(-1, 2).tolist()}
+    for step in range(3):
+        latent, penalty, readings = model.regularised(images, draws)
+        assert torch.equal(latent, model.encode(images)) and penalty == 0 and latent.requires_grad
+        assert readings["codebook"] == 0 and readings["perplexity"] == 1
+        assert torch.equal(quantizer.codebook.weight, before) == (step == 0)
+    assert {tuple(row) for row in quantizer.codebook.weight.tolist()} <= rows
+    quantized, penalty, readings = model.regularised(images, draws)
+    assert not torch.equal(quantized, latent) and penalty > 0 and readings["perplexity"] > 1
+
+
 @pytest.mark.parametrize("size", [1, 300])
 def test_any_codebook_size_trains_and_decodes(size: int):
     config = replace(VQConfig(latent_channels=2, **SHAPE), codebook_size=size)

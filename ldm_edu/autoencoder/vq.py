@@ -50,7 +50,7 @@ class VectorQuantizer(nn.Module):
         self.restart_after = self.start = 0
         self.codebook = nn.Embedding(size, channels)
         nn.init.uniform_(self.codebook.weight, -1 / size, 1 / size)
-        # Training steps since each code was last chosen; and since it was last chosen or moved.
+        # Training steps: all of them, those since each code was last chosen, and those since it was chosen or moved.
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64), persistent=False)
         self.register_buffer("unused", torch.zeros(size, dtype=torch.int64), persistent=False)
         self.register_buffer("idle", torch.zeros(size, dtype=torch.int64), persistent=False)

@@ -5,9 +5,10 @@ import socket
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ldm_edu import checkpoint
-from ldm_edu.autoencoder import AutoencoderKL
+from ldm_edu.autoencoder import AutoencoderKL, AutoencoderVQ, FirstStage, PerceptualLoss, PerceptualNetwork
 from ldm_edu.datasets import ShapeScenes, agrees, photographs, read_scenes
 from ldm_edu.evaluation import reconstruct
 from ldm_edu.evaluation.reconstruction import score
@@ -42,8 +43,13 @@ def test_every_committed_checkpoint_does_what_it_is_for(name: str):
     assert {p.name for p in folder.iterdir()} == set(checkpoint.FILES)
     card = (folder / "README.md").read_text()
     assert card.startswith(f"# {name}") and "Trained in" in card and re.search("Licence|CC BY", card)
-    if kind_of(name) == AutoencoderKL.kind:
-        first_stage = AutoencoderKL.load(name)
+    if kind_of(name) == PerceptualNetwork.kind:
+        distance, cup = PerceptualLoss(PerceptualNetwork.load(name)), photographs(128)["coffee"][None]
+        shifted, small = cup.roll(1, dims=3), F.avg_pool2d(cup, 4)
+        near, far = (distance(other, cup).item() for other in (shifted, F.interpolate(small, scale_factor=4.0)))
+        assert distance(cup, cup).item() == 0 < near < far < 2
+    elif kind_of(name) in (AutoencoderKL.kind, AutoencoderVQ.kind):
+        first_stage = FirstStage.load(name)
         image = photographs(128)["coffee"]
         scored = score(reconstruct(first_stage, image), image, first_stage.f)
         assert scored.psnr > (scored.bicubic_psnr if name.startswith("photos") else 15)

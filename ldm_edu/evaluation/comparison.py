@@ -164,7 +164,7 @@ def compare_checkpoints(names: Sequence[str], data: Path | None = None) -> dict[
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as Markdown."""
-    heads = ("name", "f", "c", "|Z|", "PSNR dB", "SSIM", "perceptual", "Fréchet", "usage")
+    heads = ("name", "f", "c", "codes", "PSNR dB", "SSIM", "perceptual", "Fréchet", "usage")
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for r in rows:
         usage = "" if r["usage"] is None else f"{r['usage']:.0%}"

@@ -235,6 +235,20 @@ def test_before_its_start_the_autoencoder_trains_as_if_there_were_none():
     assert backward(waiting)[0] != losses[0], "the second step has the adversarial term"
 
 
+def test_in_its_warm_up_the_discriminator_learns_and_has_no_say():
+    warming, none = gan(disc_start=2, disc_warmup=1), gan(discriminator=None)
+    for step, learns in enumerate([False, True, True]):
+        warming.zero_grad(), none.zero_grad()
+        (_, readings), _ = backward(warming), backward(none)
+        learned = any(bool(g.any()) for g in gradients(warming.discriminator).values())
+        same = all(
+            torch.equal(a, b)
+            for a, b in zip(gradients(warming.model).values(), gradients(none.model).values(), strict=True)
+        )
+        assert (learned, same) == (learns, step < 2), f"step {step}"
+        assert (readings["hinge"] != 1, readings["lambda"] > 0) == (learns, step == 2)
+
+
 # resuming
 
 

@@ -166,13 +166,14 @@ def test_any_f_and_optional_attention(f: int, middle_attention: bool):
 def test_the_settings_make_the_objective(monkeypatch: pytest.MonkeyPatch):
     settings = FirstStageSettings(
         kl_weight=0.01, codebook_weight=0.02, restart_after=7, vq_start=5, l2_weight=3.0, perceptual="ours",
-        perceptual_weight=0.5, disc_weight=0.25, disc_start=9, disc_channels=4, disc_layers=1,
+        perceptual_weight=0.5, disc_weight=0.25, disc_start=9, disc_warmup=4, disc_channels=4, disc_layers=1,
     )  # fmt: skip
     model, plain = vq(), tiny.first_stage()
     full, kl = objective_of(model, settings), objective_of(plain, settings)
     assert (full.regulariser_weight, kl.regulariser_weight) == (0.02, 0.01)
     assert (model.quantizer.restart_after, model.quantizer.start) == (7, 5)
-    assert (full.l2_weight, full.perceptual_weight, full.disc_weight, full.disc_start) == (3.0, 0.5, 0.25, 9)
+    assert (full.l2_weight, full.perceptual_weight, full.disc_weight) == (3.0, 0.5, 0.25)
+    assert (full.disc_start, full.disc_warmup) == (9, 4)
     assert full.discriminator.layers == 1 and full.discriminator.network[0].out_channels == 4
     assert isinstance(full.perceptual, PerceptualLoss) and full.model is model
     monkeypatch.setattr(module, "lpips_vgg", lambda: torch.nn.Flatten())
@@ -230,7 +231,7 @@ def test_recipes_of_the_sweep_are_alike_but_for_one_thing(size: str):
     assert plain.perceptual == "ours" and plain.disc_weight == 0
     assert 0 < plain.vq_start < plain.disc_start == plain.steps // 2
     for name, recipe in sweep.RECIPES.items():
-        words = {"l1": {"perceptual": "none"}, "gan": {"disc_weight": 0.1}, "w1e": {"kl_weight": 0.0}}
+        words = {"l1": {"perceptual": "none"}, "gan": {"disc_weight": 0.3}, "w1e": {"kl_weight": 0.0}}
         changes = words[name.split("-")[3]] if len(name.split("-")) > 3 else {}
         if "kl_weight" in changes:
             changes["kl_weight"] = {"3": 1e-3, "1": 1e-1}[name[-1]]

@@ -30,6 +30,8 @@ class FirstStageObjective(nn.Module):
         perceptual: (images, originals) to a distance `(B,)`; None for pixels alone.
         discriminator: None for no adversarial term.
         disc_start: the first step of the adversarial term.
+        disc_warmup: so many steps earlier the discriminator begins to learn, without a say. One that starts from
+            nothing pulls the decoder anywhere at first.
     """
 
     step: Tensor
@@ -44,11 +46,13 @@ class FirstStageObjective(nn.Module):
         discriminator: PatchDiscriminator | None = None,
         disc_start: int = 0,
         disc_weight: float = 0.5,
+        disc_warmup: int = 0,
     ) -> None:
         super().__init__()
         self.model, self.perceptual, self.discriminator = model, perceptual, discriminator
         self.regulariser_weight, self.l2_weight = regulariser_weight, l2_weight
-        self.perceptual_weight, self.disc_start, self.disc_weight = perceptual_weight, disc_start, disc_weight
+        self.perceptual_weight, self.disc_weight = perceptual_weight, disc_weight
+        self.disc_start, self.disc_warmup = disc_start, disc_warmup
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def forward(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -74,17 +78,19 @@ class FirstStageObjective(nn.Module):
     def _adversarial(
         self, reconstruction: Tensor, restored: Tensor, images: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Both players' terms; zeros before `disc_start`."""
+        """Both players' terms; zeros before the discriminator's warm-up, and before `disc_start` its own alone."""
         zero = torch.zeros((), device=images.device)
-        if self.step < self.disc_start:
+        if self.step < self.disc_start - self.disc_warmup:
             return zero, {"lambda": zero, "logits_real": zero, "logits_fake": zero, "hinge": zero + 1}
-        with frozen(self.discriminator):
-            fooling = -self.discriminator(restored).float().mean()
-        weight = adaptive_weight(reconstruction, fooling, self.model.decoder.conv_out.weight)
         real, fake = self.discriminator(images).float(), self.discriminator(restored.detach()).float()
-        hinge = hinge_loss(real, fake)
+        hinge, weight, ours = hinge_loss(real, fake), zero, zero
+        if self.step >= self.disc_start:
+            with frozen(self.discriminator):
+                fooling = -self.discriminator(restored).float().mean()
+            weight = adaptive_weight(reconstruction, fooling, self.model.decoder.conv_out.weight)
+            ours = self.disc_weight * weight * fooling
         readings = {"lambda": weight, "logits_real": real.detach().mean(), "logits_fake": fake.detach().mean()}
-        return self.disc_weight * weight * fooling + hinge, {**readings, "hinge": hinge.detach()}
+        return ours + hinge, {**readings, "hinge": hinge.detach()}
 
 
 @contextmanager

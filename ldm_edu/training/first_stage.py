@@ -45,6 +45,7 @@ class FirstStageSettings(Settings):
         perceptual_weight: its weight.
         disc_weight: weight of the adversarial term beside its adaptive weight; 0 is no discriminator.
         disc_start: the first step of the adversarial term.
+        disc_warmup: so many steps earlier the discriminator begins to learn.
         disc_channels, disc_layers: the discriminator's width and strided layers.
     """
 
@@ -58,6 +59,7 @@ class FirstStageSettings(Settings):
     perceptual_weight: float = 1.0
     disc_weight: float = 0.0
     disc_start: int = 0
+    disc_warmup: int = 0
     disc_channels: int = 32
     disc_layers: int = 2
 
@@ -101,6 +103,7 @@ def objective_of(model: FirstStage, settings: FirstStageSettings) -> FirstStageO
         else None,
         disc_start=settings.disc_start,
         disc_weight=settings.disc_weight,
+        disc_warmup=settings.disc_warmup,
     )
 
 
@@ -113,17 +116,15 @@ def train_first_stage(
     out: Path | None,
     resume: bool = False,
     on_step: OnStep | None = None,
-    start: FirstStage | None = None,
 ) -> FirstStage:
     """Train, and write `out/checkpoint`.
 
     Args:
         get_images: `(batch_size, generator)` to pictures `(B, 3, size, size)` in [-1, 1].
         about: what the model card says of the data and its licence.
-        start: a first stage of the same shape to begin with; by default a new one.
     """
     torch.manual_seed(settings.seed)
-    model = start or new_first_stage(config)
+    model = new_first_stage(config)
 
     def get_batch(generator: torch.Generator) -> Tensor:
         return get_images(settings.batch_size, generator)

@@ -44,7 +44,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            least = 0 if name in ("warmup", "seed", "restart_after", "vq_start", "disc_start") else 1
+            least = 0 if name in ("warmup", "seed", "restart_after", "vq_start", "disc_start", "disc_warmup") else 1
             if isinstance(value, int) and value < least:
                 raise UserError(f"The setting {name} must be at least {least}; it is {value}.")
             if isinstance(value, float) and not 0 <= value < math.inf:

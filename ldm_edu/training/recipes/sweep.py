@@ -45,7 +45,7 @@ def variants() -> Iterator[tuple[str, dict[str, object]]]:
     """Every name of the sweep, and the settings that it changes."""
     yield from ((f"sweep-{kind}-f{f}", {}) for kind in ("kl", "vq") for f in MULTIPLIERS)
     yield "sweep-kl-f4-l1", {"perceptual": "none"}
-    yield "sweep-kl-f4-gan", {"disc_weight": 0.1}
+    yield "sweep-kl-f4-gan", {"disc_weight": 0.3}
     yield from ((f"sweep-kl-f4-w{weight}", {"kl_weight": float(weight)}) for weight in KL_WEIGHTS)
 
 
@@ -68,7 +68,9 @@ paper), alike but for what the name says: {"VQ" if "vq" in self.NAME else "KL"},
     def SETTINGS(self) -> dict[str, FirstStageSettings]:  # noqa: N802
         """The sizes."""
         return {
-            size: replace(s, vq_start=s.steps // 3, disc_start=s.steps // 2, **self.changes)
+            size: replace(
+                s, vq_start=s.steps // 3, disc_start=s.steps // 2, disc_warmup=s.steps // 6, **self.changes
+            )
             for size, s in SETTINGS.items()
         }
 

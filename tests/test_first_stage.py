@@ -1,6 +1,7 @@
 """First stages as a whole: kinds and checkpoints, what training is made of, the recipes of the sweep."""
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from ldm_edu.runtime import UserError
 from ldm_edu.training import first_stage as module
 from ldm_edu.training import recipes
 from ldm_edu.training.diffusion import encode_all
-from ldm_edu.training.first_stage import FirstStageSettings, new_first_stage, objective_of
+from ldm_edu.training.first_stage import FirstStageSettings, new_first_stage, objective_of, train_first_stage
 from ldm_edu.training.recipes import sweep
 from ldm_edu.unet import UNet
 
@@ -66,6 +67,9 @@ def test_the_identity_is_a_first_stage_with_f_1():
     torch.testing.assert_close(model.posterior(images).sample(), images, atol=1e-5, rtol=0)
     with pytest.raises(UserError, match="3, 16, 16"):
         model.encode(images[0])
+    for channels, multipliers in ((3, (1, 2)), (4, (1,))):
+        with pytest.raises(UserError, match="f = 1.*this config has f = [12]"):
+            Identity(AutoencoderConfig(latent_channels=channels, channel_multipliers=multipliers))
 
 
 @kinds
@@ -163,6 +167,22 @@ def test_any_f_and_optional_attention(f: int, middle_attention: bool):
         assert bool([m for m in model.modules() if isinstance(m, AttentionBlock)]) == middle_attention
 
 
+def test_a_training_can_begin_with_another_model(tmp_path: Path):
+    old, config = tiny.first_stage(), tiny.first_stage().config
+    old.save(tmp_path / "old", "a card")
+    settings = FirstStageSettings(steps=1, batch_size=2, size=16, start=str(tmp_path / "old"), learning_rate=1e-9)
+
+    def train(settings: FirstStageSettings, shape: AutoencoderConfig = config) -> FirstStage:
+        return train_first_stage("new", shape, settings, lambda count, generator: pictures(), "data", None)
+
+    def near(model: FirstStage) -> bool:
+        return all(torch.allclose(t, old.state_dict()[n], atol=1e-2) for n, t in model.state_dict().items())
+
+    assert near(train(settings)) and not near(train(replace(settings, start="")))
+    with pytest.raises(UserError, match="old has another shape than new.*channels=8"):
+        train(settings, replace(config, latent_channels=config.latent_channels + 1))
+
+
 def test_the_settings_make_the_objective(monkeypatch: pytest.MonkeyPatch):
     settings = FirstStageSettings(
         kl_weight=0.01, codebook_weight=0.02, restart_after=7, vq_start=5, l2_weight=3.0, perceptual="ours",
@@ -207,7 +227,7 @@ def test_a_picture_that_fits_is_decoded_whole():
 
 def test_the_sweep_s_names():
     expected = {f"sweep-{kind}-f{f}" for kind in ("kl", "vq") for f in (2, 4, 8, 16)}
-    expected |= {f"sweep-kl-f4-{what}" for what in ("l1", "gan", "w1e-3", "w1e-1")}
+    expected |= {f"sweep-kl-f4-{what}" for what in ("l1", "more", "gan", "w1e-3", "w1e-1")}
     assert expected == set(sweep.RECIPES) <= set(recipes.names())
     assert recipes.get("sweep-vq-f8") is sweep.RECIPES["sweep-vq-f8"]
 
@@ -227,15 +247,17 @@ def test_a_model_of_the_sweep(name: str):
 
 @pytest.mark.parametrize("size", ["cpu", "gpu"])
 def test_recipes_of_the_sweep_are_alike_but_for_one_thing(size: str):
-    plain = sweep.RECIPES["sweep-kl-f4"].SETTINGS[size]
-    assert plain.perceptual == "ours" and plain.disc_weight == 0
-    assert 0 < plain.vq_start < plain.disc_start == plain.steps // 2
+    plain, more = (sweep.RECIPES[name].SETTINGS[size] for name in ("sweep-kl-f4", "sweep-kl-f4-more"))
+    assert plain.perceptual == "ours" and plain.disc_weight == 0 and not plain.start
+    assert 0 < plain.vq_start == plain.steps // 3
+    assert more.start == "sweep-kl-f4" and 0 < more.disc_warmup == more.disc_start == more.steps // 3
+    changes = {
+        "-l1": (plain, {"perceptual": "none"}), "-more": (more, {}), "-gan": (more, {"disc_weight": 0.3}),
+        "-w1e-3": (plain, {"kl_weight": 1e-3}), "-w1e-1": (plain, {"kl_weight": 1e-1}), "": (plain, {}),
+    }  # fmt: skip
     for name, recipe in sweep.RECIPES.items():
-        words = {"l1": {"perceptual": "none"}, "gan": {"disc_weight": 0.3}, "w1e": {"kl_weight": 0.0}}
-        changes = words[name.split("-")[3]] if len(name.split("-")) > 3 else {}
-        if "kl_weight" in changes:
-            changes["kl_weight"] = {"3": 1e-3, "1": 1e-1}[name[-1]]
-        assert recipe.SETTINGS[size] == replace(plain, **changes), name
+        like, change = changes[re.sub(r"sweep-(kl|vq)-f\d+", "", name)]
+        assert recipe.SETTINGS[size] == replace(like, **change), name
 
 
 @pytest.mark.parametrize("name", ["sweep-kl-f4-gan", "sweep-vq-f8"])

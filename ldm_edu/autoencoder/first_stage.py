@@ -137,13 +137,22 @@ class FirstStage(nn.Module):
 
 
 class Identity(FirstStage):
-    """f = 1: the latent is the picture, as in the paper's LDM-1, a diffusion model on pixels. Nothing to train."""
+    """f = 1: the latent is the picture, as in the paper's LDM-1, a diffusion model on pixels. Nothing to train.
+
+    Raises:
+        UserError: the config shrinks pictures, or its latent has another number of channels than they have.
+    """
 
     kind = "identity"
 
     def __init__(self, config: AutoencoderConfig | None = None) -> None:
         nn.Module.__init__(self)
         self.config = config or AutoencoderConfig(latent_channels=3, channel_multipliers=(1,))
+        if self.f != 1 or self.config.latent_channels != self.config.image_channels:
+            raise UserError(
+                f"The identity keeps pictures as they are (f = 1); this config has f = {self.f} and "
+                f"{self.config.latent_channels} latent channels for {self.config.image_channels}."
+            )
 
     def encode(self, images: Tensor) -> Tensor:
         """The pictures themselves."""

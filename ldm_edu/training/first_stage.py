@@ -36,6 +36,7 @@ class FirstStageSettings(Settings):
 
     Args:
         size: the training pictures' side in pixels.
+        start: a first stage of the same shape to begin with, its name or folder; by default a new one.
         kl_weight: weight of the KL term of a KL first stage.
         codebook_weight: weight of the quantiser's loss of a VQ first stage.
         restart_after: training steps after which an idle code of the codebook is moved; 0 is never.
@@ -50,6 +51,7 @@ class FirstStageSettings(Settings):
     """
 
     size: int = 64
+    start: str = ""
     kl_weight: float = 1e-6
     codebook_weight: float = 1.0
     restart_after: int = 0
@@ -125,6 +127,10 @@ def train_first_stage(
     """
     torch.manual_seed(settings.seed)
     model = new_first_stage(config)
+    if settings.start:
+        model = FirstStage.load(settings.start).train()
+        if model.config != config:
+            raise UserError(f"{settings.start} has another shape than {name}: {model.config}, not {config}.")
 
     def get_batch(generator: torch.Generator) -> Tensor:
         return get_images(settings.batch_size, generator)

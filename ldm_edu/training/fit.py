@@ -83,6 +83,7 @@ def fit(
     if device.type == "cuda":
         objective = objective.to(memory_format=torch.channels_last)
     prepared, optimizer = accelerator.prepare(objective.to(device).train(), _optimizer(objective, settings))
+    players = _players(objective)
     weights = [p for p in objective.parameters() if p.requires_grad]
     ema = [w.detach().clone() for w in weights]
     saved = load_state(out, objective, ema, optimizer, settings) if out and resume else None
@@ -99,7 +100,9 @@ def fit(
         generator = step_generator(settings.seed, step, accelerator.process_index)
         loss, readings = prepared(get_batch(generator), generator)
         accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(weights, settings.gradient_clip)
+        # Each by its own norm: under a common one, a discriminator's large gradients would shrink the other's, now
+        # more and now less, and its momentum would be the mean of a few steps only.
+        norm, *_ = [accelerator.clip_grad_norm_(player, settings.gradient_clip) for player in players]
         optimizer.step()
         optimizer.zero_grad()
         update_ema(ema, weights, settings.ema_decay, step)
@@ -152,14 +155,21 @@ def _optimizer(objective: nn.Module, settings: Settings) -> torch.optim.Optimize
         weight_decay=settings.weight_decay,
     )
     # A discriminator is played against, not only trained: little momentum, as is usual for GANs, and smaller steps.
-    theirs = [p for n, p in objective.named_parameters() if n.startswith("discriminator.")]
-    others = [dict(params=theirs, betas=(0.5, 0.9), scale=0.5)] if theirs else []
+    ours, *theirs = _players(objective)
+    others = [dict(params=player, betas=(0.5, 0.9), scale=0.5) for player in theirs]
     if settings.optimizer == "muon":
         return Muon(objective, **common, others=others)
-    ours = [p for p in objective.parameters() if p.requires_grad and all(p is not q for q in theirs)]
     return torch.optim.AdamW(
         [dict(params=ours), *others], **common, fused=ours[0].device.type in ("cuda", "cpu")
     )
+
+
+def _players(objective: nn.Module) -> list[list[nn.Parameter]]:
+    """The weights to train: one list, or two where there is a discriminator, which is the second."""
+    named = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
+    theirs = [p for name, p in named if name.startswith("discriminator.")]
+    ours = [p for name, p in named if not name.startswith("discriminator.")]
+    return [ours, theirs] if theirs else [ours]
 
 
 def prepare_folder(out: Path, resume: bool) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from ldm_edu.evaluation.reconstruction import (
     reconstruct,
     ssim,
 )
-from ldm_edu.runtime import autocast, has_fast_bfloat16, pick_device, progress
+from ldm_edu.runtime import REPOSITORY, autocast, has_fast_bfloat16, pick_device, progress
 from ldm_edu.training.photographs import photographs
 
 PATCH = 64  # pixels; the Fréchet distance is between sets of patches of this side
@@ -173,4 +174,33 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             f"{r['perceptual']:.4f}", f"{r['frechet']:.4f}", usage,
         )  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def committed_rows(pictures: str = "set14") -> list[dict[str, Any]]:
+    """What `compare` gave for the committed sweep and its further seeds; each row has a "seed" besides.
+
+    Args:
+        pictures: "set14" (13 pictures of Set14) or "held-out" (516 photographs of Caltech-101).
+    """
+    text = (REPOSITORY / "data" / "sweep" / "metrics.json").read_text(encoding="utf-8")
+    return json.loads(text)["sets"][pictures]["rows"]
+
+
+def values(rows: Sequence[dict[str, Any]], name: str, metric: str) -> list[float]:
+    """One measure of one model, a number for each seed, in the seeds' order."""
+    return [row[metric] for row in sorted(rows, key=lambda row: row["seed"] or 0) if row["name"] == name]
+
+
+def seeds_table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
+    """Means over the seeds ± one standard deviation, as Markdown."""
+    columns = {"psnr": ("PSNR dB", 2), "ssim": ("SSIM", 3), "perceptual": ("perceptual", 4), "frechet": ("Fréchet", 3)}
+    lines = ["| name | seeds | " + " | ".join(head for head, _ in columns.values()) + " |", "|---" * 6 + "|"]
+    for name in names:
+        cells = [name, str(len(values(rows, name, "psnr")))]
+        for metric, (_, digits) in columns.items():
+            seeds = values(rows, name, metric)
+            spread = f" ± {stdev(seeds):.{digits}f}" if len(seeds) > 1 else ""
+            cells.append(f"{fmean(seeds):.{digits}f}{spread}")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

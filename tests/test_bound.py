@@ -58,9 +58,15 @@ def test_for_standard_normal_data_the_bound_is_the_likelihood(name: str, predict
     torch.testing.assert_close(terms.sum(1), nats, rtol=1e-9, atol=1e-9)
     gap = exactly(denoiser, Z0, levels, prediction, "posterior").sum(1) - nats
     assert (gap > 1e-6).all()
-    # Over the data, whose points ±1 have the right moments: the entropy, ½ log 2πe a number.
-    points = torch.tensor([1.0, -1.0], dtype=torch.float64).view(2, 1, 1, 1).expand(2, 1, 2, 2)
-    mean = exactly(denoiser, points, levels, prediction, "beta").sum(1).mean()
+    # The gap of data whose square is 1 on average: KL(N(m, β) ‖ N(m, β̃)) at each step, for each of the four numbers.
+    share = reverse_variances(levels, "beta") / reverse_variances(levels, "posterior")
+    points = torch.ones(1, 1, 2, 2, dtype=torch.float64)
+    gap = exactly(denoiser, points, levels, prediction, "posterior") - exactly(
+        denoiser, points, levels, prediction
+    )
+    assert gap.sum().item() == pytest.approx(2 * (share - 1 - share.log()).sum().item(), rel=1e-6)
+    # Over the data, of which ±1 have the right moments: the entropy, ½ log 2πe a number.
+    mean = exactly(denoiser, torch.cat([points, -points]), levels, prediction, "beta").sum(1).mean()
     entropy = 0.5 * math.log2(2 * math.pi * math.e)
     assert bits_per_dimension(mean, 4).item() == pytest.approx(entropy, rel=1e-9)
 
@@ -98,7 +104,7 @@ def test_with_the_true_reverse_kernel_and_prior_it_is_any_gaussians_likelihood(
 @pytest.mark.parametrize("variance", ["beta", "posterior"])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_each_term_is_what_torch_says(prediction: str, variance: str):
-    """For any denoiser: L_{t-1} and L_T are KLs of the Gaussians of equations 3, 6 and 11, L_0 a density."""
+    """For any denoiser: L_{t-1} and L_T are KLs of the Gaussians of equations 5 to 7, L_0 a density."""
     own = SCHEDULES["linear"]
     levels, betas = own.alphas_cumprod, own.betas
     draws, network = Draws(), Network()

@@ -154,6 +154,22 @@ def test_data_of_one_point_is_found_in_any_steps(sampler: Callable, timesteps: l
     torch.testing.assert_close(end.z, exact, rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.parametrize("sampler", [ddim, dpm_solver])
+def test_a_schedule_that_begins_with_noise_alone(sampler: Callable):
+    """ᾱ = 0 at the last timestep: with v or z_0 predicted it is a level like any other."""
+    levels, point = (
+        torch.cat([LEVELS, torch.zeros(1, dtype=torch.float64)]),
+        normal(1, 3, 4, 4, seed=7).double(),
+    )
+
+    def velocity(z: Tensor, t: Tensor) -> Tensor:
+        signal, sigma = levels[t[0]].sqrt(), (1 - levels[t[0]]).sqrt()
+        return signal * (z - signal * point) / sigma - sigma * point
+
+    *_, end = sampler(velocity, START, levels, [1000, 700, 200], "v", stop=50)
+    torch.testing.assert_close(end.z, LEVELS[50].sqrt() * point + (1 - LEVELS[50]).sqrt() * START)
+
+
 @pytest.mark.parametrize("sampler", [ddim, ddpm, plms, dpm_solver])
 def test_a_walk_that_does_not_fall_is_refused(sampler: Callable):
     draw = {"draw": Draws()} if sampler in (ddim, ddpm) else {}

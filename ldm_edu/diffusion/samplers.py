@@ -11,7 +11,7 @@ What all of them take:
     timesteps: falling indices into it, where the denoiser is called.
     prediction: what the denoiser answers, "eps", "x0" or "v".
     stop: the index of the level where the last step ends; -1, as everywhere, is the clean latent.
-All raise UserError for timesteps that do not fall.
+All raise UserError for timesteps that do not fall. A first ᾱ of 0 (no signal at all) suits "x0" and "v", not PLMS.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def plms(
     stop: int = -1,
 ) -> Iterator[Step]:
     """PLMS, the pseudo linear multi-step method (Liu et al. 2022, "Pseudo numerical methods for diffusion models on
-    manifolds", section 3.3): DDIM's step, their transfer part, along Adams and Bashforth's mix of the last noises.
+    manifolds", section 3): DDIM's step, their transfer part, along Adams and Bashforth's mix of the last noises.
 
     The first step follows the released code of latent diffusion, not the paper's Runge-Kutta steps: it goes there,
     asks again, and starts over along the mean of both answers. So the second timestep is asked twice. The noises

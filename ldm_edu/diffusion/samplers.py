@@ -107,6 +107,15 @@ def ddpm(
     yield Step(stop, z, z if stop < 0 else z0)
 
 
+# The weights of the latest slopes, newest first, in the linear multistep methods of order 1 to 4.
+ADAMS_BASHFORTH = {
+    1: (1.0,),
+    2: (3 / 2, -1 / 2),
+    3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+}
+
+
 def plms(
     denoiser: Denoiser,
     noise: Tensor,
@@ -137,15 +146,6 @@ def plms(
             epsilon = sum(w * e for w, e in zip(ADAMS_BASHFORTH[len(past)], past))
         z = _along(epsilon, z, now, following)
     yield Step(stop, z, z if stop < 0 else z0)
-
-
-# The weights of the latest slopes, newest first, in the linear multistep methods of order 1 to 4.
-ADAMS_BASHFORTH = {
-    1: (1.0,),
-    2: (3 / 2, -1 / 2),
-    3: (23 / 12, -16 / 12, 5 / 12),
-    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
-}
 
 
 def dpm_solver(

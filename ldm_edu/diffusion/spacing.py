@@ -18,8 +18,8 @@ def spaced_timesteps(T: int, num_steps: int, spacing: str = "trailing") -> list[
 
     Args:
         spacing: "trailing", even, and the first is always the noisiest, T-1 (Lin et al. 2023, table 2);
-            "uniform", even from 1 up, as in the paper's released code: its first lies up to T/num_steps below T-1.
-            Where T is no multiple of num_steps that code makes a step or more too many; this one drops them.
+            "uniform", even from 1 up by T // num_steps, as in the paper's released code. Its first is below T-1,
+            and far below where T is no multiple of num_steps: that code then adds steps, this one does not.
             "quadratic", dense where it is clean (Song et al. 2021, appendix D.2), up to 0.8 T as in both released
             codes. Where their timesteps coincide (from 30 of 1000 on) this one moves them apart.
 

@@ -35,3 +35,31 @@ def split_prediction(
     if prediction == "v":
         return signal * z - sigma * output, sigma * z + signal * output
     raise UserError(f"A model predicts one of {', '.join(PREDICTIONS)}, not {prediction!r}.")
+
+
+def convert(output: Tensor, z: Tensor, alpha_cumprod: Tensor, given: str, wanted: str) -> Tensor:
+    """The same answer at z_t in other words: each of "eps", "x0", "v", "score" as any other.
+
+    The score, the gradient of log q(z_t), is -ε / √(1-ᾱ) (Song et al. 2021, "Score-based generative modeling").
+    Between ε and z_0 one side is divided by √ᾱ or √(1-ᾱ), so an error grows at one end of the schedule.
+    """
+    sigma = (1 - alpha_cumprod).sqrt()
+    if given == "score":
+        given, output = "eps", -sigma * output
+    z0, noise = split_prediction(given, output, z, alpha_cumprod)
+    return -noise / sigma if wanted == "score" else training_target(wanted, z0, noise, alpha_cumprod)
+
+
+def snr(alpha_cumprod: Tensor) -> Tensor:
+    """The signal-to-noise ratio ᾱ / (1-ᾱ), of variances (appendix B of the paper)."""
+    return alpha_cumprod / (1 - alpha_cumprod)
+
+
+def half_log_snr(alpha_cumprod: Tensor) -> Tensor:
+    """λ = ½ log SNR = log(√ᾱ / √(1-ᾱ)), the time in which DPM-Solver takes its steps (Lu et al. 2022)."""
+    return 0.5 * snr(alpha_cumprod).log()
+
+
+def alpha_cumprod_at(half_log_snr: Tensor) -> Tensor:
+    """ᾱ at λ = ½ log SNR: the way back, for schedules in continuous time."""
+    return (2 * half_log_snr).sigmoid()

@@ -2,11 +2,24 @@
 
 Each is a generator of `Step`s. The progress bar, the timestep slider and the tests all read the same stream.
 A sampler takes any denoiser `(z, t) -> prediction`; conditions and guidance are bound around the network before.
+
+What all of them take:
+    denoiser: called with `z` and the timestep `t` (B,), an index into `alphas_cumprod`.
+    noise: `(B, c, h, w)`, the start.
+    alphas_cumprod: `(T,)` of the schedule, or of any other sequence that falls as the index rises. So a schedule
+        in continuous time is one too: give the levels that the steps are to visit, and index them.
+    timesteps: falling indices into it, where the denoiser is called.
+    prediction: what the denoiser answers, "eps", "x0" or "v".
+    stop: the index of the level where the last step ends; -1, as everywhere, is the clean latent.
+All raise UserError for timesteps that do not fall. A first ᾱ of 0 (no signal at all) suits "x0" and "v", not PLMS.
 """
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -22,23 +35,13 @@ Draw = Callable[[Sequence[int]], Tensor]
 class Step(NamedTuple):
     """One step of a sampler: `z` at the noise level of timestep `t`, and `z0`, the clean latent predicted from it.
 
-    The first step holds the noise; the last has t = -1 and z = z0.
+    The first step holds the noise; the last has t = -1 and z = z0. A sampler that stops before, at t = `stop`,
+    repeats its last prediction there.
     """
 
     t: int
     z: Tensor
     z0: Tensor
-
-
-def spaced_timesteps(T: int, num_steps: int) -> list[int]:
-    """`num_steps` timesteps, evenly spaced from T-1 down ("trailing" spacing: the first is always the noisiest).
-
-    Raises:
-        UserError: a number of steps outside 1 .. T.
-    """
-    if not 1 <= num_steps <= T:
-        raise UserError(f"The number of steps lies between 1 and {T}; it is {num_steps}.")
-    return [round(T * (1 - i / num_steps)) - 1 for i in range(num_steps)]
 
 
 def ddim(
@@ -49,19 +52,17 @@ def ddim(
     prediction: str = "eps",
     eta: float = 0.0,
     draw: Draw | None = None,
+    stop: int = -1,
 ) -> Iterator[Step]:
     """DDIM (Song et al. 2021, equation 12): deterministic at eta = 0, ancestral sampling at eta = 1.
 
     Args:
-        noise: `(B, c, h, w)`, the start.
-        alphas_cumprod: `(T,)` of the schedule, or of any other falling sequence.
-        timesteps: falling indices into it, where the denoiser is called.
         draw: gives fresh noise for a batch, `(c, h, w) -> (B, c, h, w)`; needed where eta > 0.
     """
     if eta > 0 and draw is None:
         raise UserError(f"With eta = {eta} each step adds noise: say where it comes from (draw=...).")
-    z = noise
-    for t, now, following in _levels(alphas_cumprod, timesteps):
+    z = z0 = noise
+    for t, now, following in _levels(alphas_cumprod, timesteps, stop):
         z0, epsilon = _predict(denoiser, z, t, now, prediction)
         yield Step(t, z, z0)
         # Equation 16 of Song et al.: eta = 1 gives the posterior's own standard deviation.
@@ -69,7 +70,7 @@ def ddim(
         z = following**0.5 * z0 + max(1 - following - sigma**2, 0.0) ** 0.5 * epsilon
         if sigma > 0:
             z = z + sigma * draw(z.shape[1:]).to(z)
-    yield Step(-1, z, z)
+    yield Step(stop, z, z if stop < 0 else z0)
 
 
 def ddpm(
@@ -80,19 +81,20 @@ def ddpm(
     prediction: str = "eps",
     variance: str = "posterior",
     draw: Draw | None = None,
+    stop: int = -1,
 ) -> Iterator[Step]:
     """Ancestral sampling (Ho et al. 2020, algorithm 2 and equation 7), on all timesteps or any subset of them.
 
     Args:
         variance: "posterior" for β̃_t, "beta" for β_t, the two choices of Ho et al. (section 3.2).
-        Others as in `ddim`.
+        draw: as in `ddim`.
     """
     if draw is None:
         raise UserError("Ancestral sampling adds noise at each step: say where it comes from (draw=...).")
     if variance not in ("posterior", "beta"):
         raise UserError(f"The variance is 'posterior' or 'beta', not {variance!r}.")
-    z = noise
-    for t, now, following in _levels(alphas_cumprod, timesteps):
+    z = z0 = noise
+    for t, now, following in _levels(alphas_cumprod, timesteps, stop):
         z0, _ = _predict(denoiser, z, t, now, prediction)
         yield Step(t, z, z0)
         alpha = now / following
@@ -102,13 +104,99 @@ def ddpm(
         sigma2 = beta * (1 - following) / (1 - now) if variance == "posterior" else beta
         if following < 1 and sigma2 > 0:
             z = z + sigma2**0.5 * draw(z.shape[1:]).to(z)
-    yield Step(-1, z, z)
+    yield Step(stop, z, z if stop < 0 else z0)
 
 
-def _levels(alphas_cumprod: Tensor, timesteps: Sequence[int]) -> Iterator[tuple[int, float, float]]:
-    """Each timestep with its ᾱ, and the ᾱ that its step leads to; the last step leads to 1, no noise."""
-    levels = [*alphas_cumprod[list(timesteps)].tolist(), 1.0]
-    return zip(timesteps, levels, levels[1:])
+# The weights of the latest slopes, newest first, in the linear multistep methods of order 1 to 4.
+ADAMS_BASHFORTH = {
+    1: (1.0,),
+    2: (3 / 2, -1 / 2),
+    3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+}
+
+
+def plms(
+    denoiser: Denoiser,
+    noise: Tensor,
+    alphas_cumprod: Tensor,
+    timesteps: Sequence[int],
+    prediction: str = "eps",
+    stop: int = -1,
+) -> Iterator[Step]:
+    """PLMS, the pseudo linear multi-step method (Liu et al. 2022, "Pseudo numerical methods for diffusion models on
+    manifolds", section 3): DDIM's step, their transfer part, along Adams and Bashforth's mix of the last noises.
+
+    The first step follows the released code of latent diffusion, not the paper's Runge-Kutta steps: it goes there,
+    asks again, and starts over along the mean of both answers. So the second timestep is asked twice. The noises
+    are mixed whatever the network predicts.
+    """
+    z = z0 = noise
+    past: deque[Tensor] = deque(maxlen=4)
+    for (t, now, following), upcoming in zip(
+        _levels(alphas_cumprod, timesteps, stop), [*timesteps[1:], stop]
+    ):
+        z0, epsilon = _predict(denoiser, z, t, now, prediction)
+        yield Step(t, z, z0)
+        past.appendleft(epsilon)
+        if len(past) == 1 and upcoming >= 0:
+            there = _along(epsilon, z, now, following)
+            epsilon = (epsilon + _predict(denoiser, there, upcoming, following, prediction)[1]) / 2
+        else:
+            epsilon = sum(w * e for w, e in zip(ADAMS_BASHFORTH[len(past)], past))
+        z = _along(epsilon, z, now, following)
+    yield Step(stop, z, z if stop < 0 else z0)
+
+
+def dpm_solver(
+    denoiser: Denoiser,
+    noise: Tensor,
+    alphas_cumprod: Tensor,
+    timesteps: Sequence[int],
+    prediction: str = "eps",
+    stop: int = -1,
+    lower_order_final: bool = False,
+) -> Iterator[Step]:
+    """DPM-Solver++(2M) (Lu et al. 2022, "DPM-Solver++", algorithm 2): second order in λ = ½ log SNR, one call a step.
+
+    The first step is of first order (DDIM's), and so is one that ends at the clean latent: λ is infinite there,
+    and no finite past can be extended to it.
+
+    Args:
+        lower_order_final: the last step is of first order at any level; steadier with few steps.
+    """
+    z = z0 = noise
+    before, width_before = None, 0.0
+    for i, (t, now, following) in enumerate(_levels(alphas_cumprod, timesteps, stop), start=1):
+        z0, _ = _predict(denoiser, z, t, now, prediction)
+        yield Step(t, z, z0)
+        # e^{-h}, where h is the step's width in λ: 0 where the step leads to the clean latent
+        decay = (now / following * (1 - following) / (1 - now)) ** 0.5
+        width = -math.log(decay) if decay > 0 else math.inf
+        direction = z0
+        if before is not None and width < math.inf and not (lower_order_final and i == len(timesteps)):
+            direction = z0 + (z0 - before) * width / (2 * width_before)
+        z = ((1 - following) / (1 - now)) ** 0.5 * z + following**0.5 * (1 - decay) * direction
+        before, width_before = z0, width
+    yield Step(stop, z, z if stop < 0 else z0)
+
+
+def _levels(alphas_cumprod: Tensor, timesteps: Sequence[int], stop: int) -> list[tuple[int, float, float]]:
+    """Each timestep with its ᾱ, and the ᾱ that its step leads to; the last step leads to `stop`'s, or to 1."""
+    levels = alphas_cumprod[list(timesteps)].tolist()
+    levels.append(1.0 if stop < 0 else alphas_cumprod[stop].item())
+    for t, (now, following) in zip(timesteps, pairwise(levels)):
+        if not 0 <= now < following <= 1:
+            raise UserError(
+                f"A sampler goes from noise to the clean latent: timesteps fall, and ᾱ rises with each step. "
+                f"The step from t = {t} leads from ᾱ = {now:.6g} to {following:.6g}."
+            )
+    return list(zip(timesteps, levels, levels[1:]))
+
+
+def _along(epsilon: Tensor, z: Tensor, now: float, following: float) -> Tensor:
+    """From one level to the next along a noise: DDIM's step at eta = 0."""
+    return following**0.5 * (z - (1 - now) ** 0.5 * epsilon) / now**0.5 + (1 - following) ** 0.5 * epsilon
 
 
 def _predict(denoiser: Denoiser, z: Tensor, t: int, level: float, prediction: str) -> tuple[Tensor, Tensor]:

@@ -8,40 +8,25 @@ from ldm_edu.unet import UNetConfig
 
 # Ours, diffusers', CompVis's.
 OUTSIDE = [
-    ("time.linear1.", "time_embedding.linear_1.", "time_embed.0."),
-    ("time.linear2.", "time_embedding.linear_2.", "time_embed.2."),
-    ("label.", "class_embedding.", "label_emb."),
-    ("conv_in.", "conv_in.", "input_blocks.0.0."),
-    ("norm_out.", "conv_norm_out.", "out.0."),
-    ("conv_out.", "conv_out.", "out.2."),
-]
+    ("time.linear1.", "time_embedding.linear_1.", "time_embed.0."), ("label.", "class_embedding.", "label_emb."),
+    ("time.linear2.", "time_embedding.linear_2.", "time_embed.2."), ("conv_in.", "conv_in.", "input_blocks.0.0."),
+    ("norm_out.", "conv_norm_out.", "out.0."), ("conv_out.", "conv_out.", "out.2."),
+]  # fmt: skip
 RESIDUAL = [
-    ("norm1.", "norm1.", "in_layers.0."),
-    ("conv1.", "conv1.", "in_layers.2."),
-    ("time.", "time_emb_proj.", "emb_layers.1."),
-    ("norm2.", "norm2.", "out_layers.0."),
-    ("conv2.", "conv2.", "out_layers.3."),
-    ("shortcut.", "conv_shortcut.", "skip_connection."),
-]
+    ("norm1.", "norm1.", "in_layers.0."), ("conv1.", "conv1.", "in_layers.2."),
+    ("norm2.", "norm2.", "out_layers.0."), ("conv2.", "conv2.", "out_layers.3."),
+    ("time.", "time_emb_proj.", "emb_layers.1."), ("shortcut.", "conv_shortcut.", "skip_connection."),
+]  # fmt: skip
 ATTENTION = [  # CompVis has the three in one tensor, qkv, from which `compvis_unet` takes them apart
+    ("attention.query.", "to_q.", "qkv.q."), ("attention.key.", "to_k.", "qkv.k."),
+    ("attention.value.", "to_v.", "qkv.v."), ("attention.out.", "to_out.0.", "proj_out."),
     ("norm.", "group_norm.", "norm."),
-    ("attention.query.", "to_q.", "qkv.q."),
-    ("attention.key.", "to_k.", "qkv.k."),
-    ("attention.value.", "to_v.", "qkv.v."),
-    ("attention.out.", "to_out.0.", "proj_out."),
-]
+]  # fmt: skip
 TRANSFORMER = [  # both call it the same
-    ("project_", "proj_"),
-    ("blocks.", "transformer_blocks."),
-    ("self_attention.", "attn1."),
-    ("cross_attention.", "attn2."),
-    (".query.", ".to_q."),
-    (".key.", ".to_k."),
-    (".value.", ".to_v."),
-    (".out.", ".to_out.0."),
-    ("feed_forward.widen.", "ff.net.0.proj."),
-    ("feed_forward.narrow.", "ff.net.2."),
-]
+    ("project_", "proj_"), ("blocks.", "transformer_blocks."), ("self_attention.", "attn1."),
+    ("cross_attention.", "attn2."), (".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."),
+    (".out.", ".to_out.0."), ("feed_forward.widen.", "ff.net.0.proj."), ("feed_forward.narrow.", "ff.net.2."),
+]  # fmt: skip
 RESAMPLING = [("conv.", "conv.", "op.")]  # on the way down
 
 

@@ -87,8 +87,8 @@ def test_labels_are_added_to_the_timestep():
 @pytest.mark.parametrize(
     "change, drop, words",
     [
-        ({}, "context", "with context: give it context"), ({"context_channels": None}, None, "without context"),
-        ({"num_classes": 3}, "labels", "with labels: give it labels"),
+        ({}, "context", "with context: give it context"), ({"num_classes": 3}, "labels", "with labels: give it labels"),
+        ({"context_channels": None}, None, "without context: give it none"),
     ],
 )  # fmt: skip
 def test_conditions_that_are_missing_or_too_many_are_named(change: dict, drop: str | None, words: str):

@@ -221,9 +221,7 @@ class UNet(nn.Module):
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
 
-    def forward(
-        self, z: Tensor, t: Tensor, context: Tensor | None = None, labels: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, z: Tensor, t: Tensor, context: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """`z` (B, in_channels, h, w), `t` and `labels` (B,) integers, `context` (B, M, d): `(B, out_channels, h, w)`.
 
         h and w must be multiples of 2 ** (number of levels - 1).
@@ -234,8 +232,8 @@ class UNet(nn.Module):
         wanted = {"context": self.config.context_channels, "labels": self.config.num_classes}
         for (name, width), given in zip(wanted.items(), (context, labels), strict=True):
             if (given is None) != (width is None):
-                told = "for use with {0}: give it {0}." if width else "for use without {0}: give it none."
-                raise UserError(f"This UNet was made {told.format(name)}")
+                told = f"with {name}: give it {name}." if width else f"without {name}: give it none."
+                raise UserError(f"This UNet was made {told}")
         time = self.time(t) if self.label is None else self.time(t) + self.label(labels)
         h = self.conv_in(z)
         skips = [h]
@@ -251,20 +249,13 @@ class UNet(nn.Module):
 
 def _residual(config: UNetConfig, in_channels: int, out_channels: int) -> ResidualBlock:
     return ResidualBlock(
-        in_channels,
-        out_channels,
-        time_channels=4 * config.channels,
-        groups=config.groups,
-        eps=1e-5,
-        scale_shift=config.scale_shift,
-        zero_out=True,
-    )
+        in_channels, out_channels, time_channels=4 * config.channels, groups=config.groups, eps=1e-5,
+        scale_shift=config.scale_shift, zero_out=True,
+    )  # fmt: skip
 
 
 def _attention(config: UNetConfig, level: int) -> SpatialTransformer | AttentionBlock:
     channels, heads = config.widths[level], config.heads_at(level)
     if config.context_channels is None:
         return AttentionBlock(channels, heads, config.groups, eps=1e-5, zero_out=True)
-    return SpatialTransformer(
-        channels, heads, config.context_channels, config.depth_at(level), config.groups
-    )
+    return SpatialTransformer(channels, heads, config.context_channels, config.depth_at(level), config.groups)

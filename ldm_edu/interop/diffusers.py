@@ -39,12 +39,8 @@ def first_stage_from_diffusers(config: Mapping[str, Any], tensors: Mapping[str, 
         UserError: what a first stage here cannot be (with `vq_embed_dim` other than `latent_channels`, spatial norms, a
             shifted latent, attention in one half only, ...), or tensors missing, unknown or of another shape.
     """
-    renamed = {}
-    for name, tensor in tensors.items():
-        new = re.sub(r"(?<=\.)(query|key|value|proj_attn)(?=\.)", lambda found: OLD_NAMES[found[0]], name)
-        renamed[name if new in tensors else new] = tensor  # with both there, the old one is reported as unknown
     with settings_of(Path("config.json")):
-        return imported(_our_config(config), renamed, diffusers=True)
+        return imported(_our_config(config), with_new_names(tensors), diffusers=True)
 
 
 def latent_scale(config: Mapping[str, Any]) -> float:
@@ -85,19 +81,38 @@ def load_diffusers_first_stage(folder: Path | str) -> tuple[FirstStage, float]:
     Raises:
         UserError: config.json or diffusion_pytorch_model.safetensors is missing, damaged, or of no such model.
     """
+    config, tensors = read_folder(folder)
+    return first_stage_from_diffusers(config, tensors), latent_scale(config)
+
+
+def with_new_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, those of attention under the names that they have now."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        new = re.sub(r"(?<=\.)(query|key|value|proj_attn)(?=\.)", lambda found: OLD_NAMES[found[0]], name)
+        renamed[name if new in tensors else new] = tensor  # with both there, the old one is reported as unknown
+    return renamed
+
+
+def read_folder(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and the tensors of a model in diffusers' format.
+
+    Raises:
+        UserError: config.json or diffusion_pytorch_model.safetensors is missing or damaged.
+    """
     path = Path(folder).expanduser()
     try:
         config = dict(json.loads((path / "config.json").read_text(encoding="utf-8")))
         tensors = load((path / "diffusion_pytorch_model.safetensors").read_bytes())
     except OSError as error:
         raise UserError(
-            f"Cannot read {error.filename}: {error.strerror}. A first stage in diffusers' format is a folder (a "
-            "pipeline's vae or vqvae) with config.json and diffusion_pytorch_model.safetensors. Pickle (.bin) is not "
-            "read, as it can run code: let diffusers save the model as safetensors."
+            f"Cannot read {error.filename}: {error.strerror}. A model in diffusers' format is a folder (a pipeline's "
+            "vae, vqvae or unet) with config.json and diffusion_pytorch_model.safetensors. Pickle (.bin) is not read, "
+            "as it can run code: let diffusers save the model as safetensors."
         ) from error
     except (ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"A file in {path} is damaged: {error}. Fetch the folder again.") from error
-    return first_stage_from_diffusers(config, tensors), latent_scale(config)
+    return config, tensors
 
 
 def _our_config(config: Mapping[str, Any]) -> AutoencoderConfig:

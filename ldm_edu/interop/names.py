@@ -1,16 +1,20 @@
-"""What a first stage's weights are called: here, by diffusers, by CompVis (latent-diffusion, taming-transformers)."""
+"""What a first stage's weights are called: here, by diffusers, by CompVis (latent-diffusion, taming-transformers).
+
+`filled` and `refuse_others` serve every kind of model.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm_edu.autoencoder import AutoencoderConfig, AutoencoderKL, AutoencoderVQ, FirstStage, VQConfig
 from ldm_edu.runtime import UserError
 
+Model = TypeVar("Model", bound=nn.Module)
 NAMES = [  # ours, diffusers', CompVis's; for the blocks of a level see their_name; the rest is called the same
     ("quantizer.codebook.", "quantize.embedding.", "quantize.embedding."),
     (".norm_out.", ".conv_norm_out.", ".norm_out."),
@@ -62,14 +66,26 @@ def imported(config: AutoencoderConfig, tensors: Mapping[str, Tensor], diffusers
         UserError: tensors are missing, unknown or of another shape; the first few are named.
     """
     model = AutoencoderVQ(config) if isinstance(config, VQConfig) else AutoencoderKL(config)
+    return filled(model, tensors, lambda name: their_name(name, config, diffusers))
+
+
+def filled(model: Model, tensors: Mapping[str, Tensor], their_name: Callable[[str], str]) -> Model:
+    """`model` with their weights, in evaluation mode; kernels of size 1 become linear layers.
+
+    Args:
+        their_name: from our name of a weight to theirs.
+
+    Raises:
+        UserError: tensors are missing, unknown or of another shape; the first few are named.
+    """
     own, unknown = model.state_dict(), dict(tensors)
     problems: dict[str, list[str]] = {"missing": [], "of another shape": [], "unknown": []}
     for ours, weight in own.items():
-        name = their_name(ours, config, diffusers)
+        name = their_name(ours)
         given = unknown.pop(name, None)
         if given is None:
             problems["missing"].append(name)
-        elif given.shape not in (weight.shape, (*weight.shape, 1, 1)):
+        elif given.shape not in [(*weight.shape, *[1] * n) for n in range(3)]:
             problems["of another shape"].append(f"{name} {tuple(given.shape)}, not {tuple(weight.shape)}")
         else:
             own[ours] = given.reshape(weight.shape)
@@ -81,11 +97,13 @@ def imported(config: AutoencoderConfig, tensors: Mapping[str, Tensor], diffusers
     return model.eval()
 
 
-def refuse_others(settings: Mapping[str, Any], free: Collection[str], **possible: tuple) -> None:
+def refuse_others(
+    settings: Mapping[str, Any], free: Collection[str], model: str = "first stage", **possible: tuple
+) -> None:
     """Refuse settings, unless they are `free` to be anything or set to one of the `possible` values."""
     for name in sorted(settings.keys() - set(free)):
         if name not in possible:
             raise UserError(f"The setting {name} = {settings[name]!r} is not known here.")
         if settings[name] not in possible[name]:
             only = " or ".join(map(repr, possible[name]))
-            raise UserError(f"A first stage here cannot have {name} = {settings[name]!r}, only {only}.")
+            raise UserError(f"A {model} here cannot have {name} = {settings[name]!r}, only {only}.")

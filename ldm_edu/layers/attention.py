@@ -10,7 +10,8 @@ from torch import Tensor, nn
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √d) v for `q` (B, heads, N, d), `k` and `v` (B, heads, M, d): `(B, heads, N, d)`.
 
-    Every attention of the package goes through this one function, so that a reader can swap it and look at the maps.
+    Every attention of the package goes through this one function. As `Attention.attend` it can be swapped in one layer,
+    to look at the maps.
     """
     if q.device.type == "cpu" and q.requires_grad:
         # The fused kernel is slow backwards on CPUs: a whole training step takes 1.6 times as long with it.
@@ -29,6 +30,8 @@ class Attention(nn.Module):
         context_channels: width of the context; None for self-attention.
         heads: number of heads; `channels` is divided among them.
     """
+
+    attend = staticmethod(attend)
 
     def __init__(
         self, channels: int, heads: int, context_channels: int | None = None, bias: bool = False
@@ -50,19 +53,30 @@ class Attention(nn.Module):
             rearrange(t, "b n (h d) -> b h n d", h=self.heads)
             for t in (self.query(x), self.key(source), self.value(source))
         )
-        return self.out(rearrange(attend(q, k, v), "b h n d -> b n (h d)"))
+        return self.out(rearrange(self.attend(q, k, v), "b h n d -> b n (h d)"))
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over the pixels of a feature map, added to it: the autoencoder's, with one head."""
+    """Self-attention over the pixels of a feature map, added to it: the autoencoder's, and a UNet's without context.
 
-    def __init__(self, channels: int, heads: int = 1, groups: int = 32, eps: float = 1e-6) -> None:
+    Args:
+        heads: one in the autoencoder.
+        groups, eps: of the group norm (eps 1e-6 in the autoencoder, 1e-5 in the UNet).
+        zero_out: the last projection starts at zero, so that the block starts as the identity (UNet).
+    """
+
+    def __init__(
+        self, channels: int, heads: int = 1, groups: int = 32, eps: float = 1e-6, zero_out: bool = False
+    ) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=eps)
         self.attention = Attention(channels, heads, bias=True)
+        if zero_out:
+            nn.init.zeros_(self.attention.out.weight)
+            nn.init.zeros_(self.attention.out.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`(B, channels, H, W)` to the same shape."""
+    def forward(self, x: Tensor, context: None = None) -> Tensor:
+        """`(B, channels, H, W)` to the same shape. In the UNet it stands where a SpatialTransformer takes a context."""
         height = x.shape[2]
         sequence = rearrange(self.norm(x), "b c h w -> b (h w) c")
         return x + rearrange(self.attention(sequence), "b (h w) c -> b c h w", h=height)

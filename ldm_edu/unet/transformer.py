@@ -51,7 +51,8 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """A feature map as a sequence of its pixels, through transformer blocks, added back to the map.
 
-    The last projection starts at zero: at first the UNet ignores its condition.
+    The last projection starts at zero: at first the UNet ignores its condition. The two projections are linear layers
+    (as in Stable Diffusion 2); the 1×1 convolutions of the paper's models and of Stable Diffusion 1 are the same thing.
     """
 
     def __init__(

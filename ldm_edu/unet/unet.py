@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm_edu.layers import Downsample, ResidualBlock, Upsample
+from ldm_edu.layers import AttentionBlock, Downsample, ResidualBlock, Upsample
+from ldm_edu.runtime import UserError
 from ldm_edu.unet.transformer import SpatialTransformer
 
 
@@ -22,12 +23,17 @@ class UNetConfig:
         out_channels: of the prediction.
         channels: width of the first level; level i is `channels * channel_multipliers[i]` wide.
         blocks: residual blocks a level on the way down; one more on the way up.
-        attention_levels: levels (0 is the latent's resolution) with a SpatialTransformer after each residual block.
-        heads: of every attention.
-        context_channels: width of the condition's sequence; None without one.
-        transformer_depth: transformer blocks in each SpatialTransformer.
+        attention_levels: levels (0 is the latent's resolution) with attention after each residual block; the middle,
+            at the lowest resolution, always has it.
+        heads: of every attention, unless `head_channels` is given.
+        context_channels: width of the condition's sequence, which SpatialTransformers read. None without one: then
+            attention is an AttentionBlock, of the pixels to one another.
+        transformer_depth: transformer blocks in each SpatialTransformer, or a number for each level; the middle has
+            the last level's.
         groups: of every group norm.
         scale_shift: the timestep scales and shifts the residual blocks' norms (ADM) instead of being added.
+        head_channels: width of every head (ADM): wider levels have more heads.
+        num_classes: of the labels, whose embedding is added to the timestep's; None without labels.
     """
 
     in_channels: int = 4
@@ -38,9 +44,40 @@ class UNetConfig:
     attention_levels: tuple[int, ...] = (0, 1, 2)
     heads: int = 8
     context_channels: int | None = 768
-    transformer_depth: int = 1
+    transformer_depth: int | tuple[int, ...] = 1
     groups: int = 32
     scale_shift: bool = False
+    head_channels: int | None = None
+    num_classes: int | None = None
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level."""
+        return tuple(self.channels * m for m in self.channel_multipliers)
+
+    def heads_at(self, level: int) -> int:
+        """How many heads each attention of a level has.
+
+        Raises:
+            UserError: the level's width is no multiple of `head_channels`.
+        """
+        width, head = self.widths[level], self.head_channels
+        if head and width % head:
+            raise UserError(f"Level {level}, {width} channels wide, cannot be divided into heads of {head} channels.")
+        return width // head if head else self.heads
+
+    def depth_at(self, level: int) -> int:
+        """How many transformer blocks each SpatialTransformer of a level has.
+
+        Raises:
+            UserError: there is not one `transformer_depth` for each level.
+        """
+        depth = self.transformer_depth
+        if isinstance(depth, int):
+            return depth
+        if len(depth) != len(self.widths):
+            raise UserError(f"transformer_depth {depth} must have a number for each of {len(self.widths)} levels.")
+        return depth[level]
 
 
 def timestep_embedding(t: Tensor, channels: int, slowest: float = 10_000.0) -> Tensor:
@@ -72,12 +109,12 @@ class TimeEmbedding(nn.Module):
 
 
 class Block(nn.Module):
-    """A residual block, and a SpatialTransformer where the level has attention."""
+    """A residual block, and attention where the level has it."""
 
     def __init__(self, config: UNetConfig, level: int, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.residual = _residual(config, in_channels, out_channels)
-        self.transformer = _transformer(config, out_channels) if level in config.attention_levels else None
+        self.transformer = _attention(config, level) if level in config.attention_levels else None
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor | None) -> Tensor:
         """`x` (B, in_channels, H, W): `(B, out_channels, H, W)`."""
@@ -136,12 +173,13 @@ class UpLevel(nn.Module):
 
 
 class Middle(nn.Module):
-    """Residual block, SpatialTransformer, residual block, at the lowest resolution."""
+    """Residual block, attention, residual block, at the lowest resolution."""
 
-    def __init__(self, config: UNetConfig, channels: int) -> None:
+    def __init__(self, config: UNetConfig) -> None:
         super().__init__()
+        channels = config.widths[-1]
         self.residual1 = _residual(config, channels, channels)
-        self.transformer = _transformer(config, channels)
+        self.transformer = _attention(config, level=len(config.widths) - 1)
         self.residual2 = _residual(config, channels, channels)
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor | None) -> Tensor:
@@ -150,14 +188,21 @@ class Middle(nn.Module):
 
 
 class UNet(nn.Module):
-    """The denoiser: a latent with noise, the timestep and the condition, to a prediction of the latent's shape."""
+    """The denoiser: a latent with noise, the timestep and the condition, to a prediction of the latent's shape.
+
+    The last convolution starts at zero, as does what each residual block and each attention adds: so a new UNet
+    predicts 0, and its signal goes through unchanged but for the shortcuts.
+
+    Raises:
+        UserError: settings that do not fit one another (see `UNetConfig`).
+    """
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
-        widths = [config.channels * m for m in config.channel_multipliers]
-        top = len(widths) - 1
+        widths, top = config.widths, len(config.widths) - 1
         self.time = TimeEmbedding(config.channels)
+        self.label = nn.Embedding(config.num_classes, 4 * config.channels) if config.num_classes else None
         self.conv_in = nn.Conv2d(config.in_channels, config.channels, 3, padding=1)
         self.down, skips, width = nn.ModuleList(), [config.channels], config.channels
         for level, out_channels in enumerate(widths):
@@ -165,7 +210,7 @@ class UNet(nn.Module):
             self.down.append(DownLevel(config, level, width, out_channels, last))
             width = out_channels
             skips += [width] * (config.blocks + (not last))
-        self.middle = Middle(config, width)
+        self.middle = Middle(config)
         self.up = nn.ModuleList()
         for level in reversed(range(len(widths))):
             taken = [skips.pop() for _ in range(config.blocks + 1)]
@@ -176,12 +221,20 @@ class UNet(nn.Module):
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
 
-    def forward(self, z: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
-        """`z` (B, in_channels, h, w), `t` (B,) integers, `context` (B, M, d): `(B, out_channels, h, w)`.
+    def forward(self, z: Tensor, t: Tensor, context: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        """`z` (B, in_channels, h, w), `t` and `labels` (B,) integers, `context` (B, M, d): `(B, out_channels, h, w)`.
 
         h and w must be multiples of 2 ** (number of levels - 1).
+
+        Raises:
+            UserError: a context or labels that the network has no use for, or none where it needs them.
         """
-        time = self.time(t)
+        wanted = {"context": self.config.context_channels, "labels": self.config.num_classes}
+        for (name, width), given in zip(wanted.items(), (context, labels), strict=True):
+            if (given is None) != (width is None):
+                told = f"with {name}: give it {name}." if width else f"without {name}: give it none."
+                raise UserError(f"This UNet was made {told}")
+        time = self.time(t) if self.label is None else self.time(t) + self.label(labels)
         h = self.conv_in(z)
         skips = [h]
         for level in self.down:
@@ -196,17 +249,13 @@ class UNet(nn.Module):
 
 def _residual(config: UNetConfig, in_channels: int, out_channels: int) -> ResidualBlock:
     return ResidualBlock(
-        in_channels,
-        out_channels,
-        time_channels=4 * config.channels,
-        groups=config.groups,
-        eps=1e-5,
-        scale_shift=config.scale_shift,
-        zero_out=True,
-    )
+        in_channels, out_channels, time_channels=4 * config.channels, groups=config.groups, eps=1e-5,
+        scale_shift=config.scale_shift, zero_out=True,
+    )  # fmt: skip
 
 
-def _transformer(config: UNetConfig, channels: int) -> SpatialTransformer:
-    return SpatialTransformer(
-        channels, config.heads, config.context_channels, config.transformer_depth, config.groups
-    )
+def _attention(config: UNetConfig, level: int) -> SpatialTransformer | AttentionBlock:
+    channels, heads = config.widths[level], config.heads_at(level)
+    if config.context_channels is None:
+        return AttentionBlock(channels, heads, config.groups, eps=1e-5, zero_out=True)
+    return SpatialTransformer(channels, heads, config.context_channels, config.depth_at(level), config.groups)

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from ldm_edu import checkpoint
 from ldm_edu.autoencoder import FirstStage
 from ldm_edu.conditioning import TextConditioner
-from ldm_edu.diffusion import PREDICTIONS, Schedule, Step, ddim, ddpm, guided, spaced_timesteps
+from ldm_edu.diffusion import PREDICTIONS, Schedule, Step, guided, spaced_timesteps
+from ldm_edu.diffusion.samplers import ddim, ddpm, dpm_solver, plms
 from ldm_edu.runtime import PictureNoise, UserError, autocast, batches, pick_device
 from ldm_edu.unet import UNet, UNetConfig
 
-SAMPLERS = ("ddim", "ddpm")
+SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "plms": plms, "dpm-solver": dpm_solver}
 
 
 class LatentDiffusion(nn.Module):
@@ -94,7 +95,7 @@ class LatentDiffusion(nn.Module):
             num_steps: how often the UNet is called, 1 to T.
             guidance_scale: 1 is no guidance.
             seeds: one for each picture; a single integer s means s, s+1, ...
-            sampler: "ddim" (with `eta` from 0, deterministic, to 1) or "ddpm".
+            sampler: "ddim" (with `eta` from 0, deterministic, to 1), "ddpm", "plms" or "dpm-solver"; see `diffusion`.
             precision: "float32", "bfloat16", or "auto": bfloat16 on a GPU that has it, else float32.
 
         Raises:
@@ -114,6 +115,8 @@ class LatentDiffusion(nn.Module):
             raise UserError(f"eta lies between 0 (deterministic) and 1 (ancestral); it is {eta}.")
         if sampler not in SAMPLERS:
             raise UserError(f"There is no sampler {sampler!r}; there are {', '.join(SAMPLERS)}.")
+        if eta and sampler != "ddim":
+            raise UserError(f"eta belongs to ddim; with {sampler} leave it at 0, not {eta}.")
         timesteps = spaced_timesteps(self.schedule.T, num_steps)
         self.conditioner.tokenize(prompts)
         autocast(self.device, precision)
@@ -132,7 +135,8 @@ class LatentDiffusion(nn.Module):
 
             start = draw(self.latent_shape).to(self.device)
             common = (denoiser, start, self.schedule.alphas_cumprod, timesteps, self.prediction)
-            yield from ddim(*common, eta=eta, draw=draw) if sampler == "ddim" else ddpm(*common, draw=draw)
+            noisy = {"ddim": {"eta": eta, "draw": draw}, "ddpm": {"draw": draw}}
+            yield from SAMPLERS[sampler](*common, **noisy.get(sampler, {}))
 
         return run()
 

@@ -55,6 +55,14 @@ def test_guidance_changes_the_picture(models: SimpleNamespace, here: Path):
     assert Path("3.png").read_bytes() == Path("default.png").read_bytes() != Path("1.png").read_bytes()
 
 
+def test_each_sampler_draws_a_picture_of_its_own(models: SimpleNamespace, here: Path):
+    for sampler in ("ddim", "ddpm", "plms", "dpm-solver"):
+        sample(models, PROMPT, "--steps", 4, "--sampler", sampler, "--out", f"{sampler}.png")
+    sample(models, PROMPT, "--steps", 4, "--out", "default.png")
+    assert Path("ddim.png").read_bytes() == Path("default.png").read_bytes()
+    assert len({path.read_bytes() for path in here.glob("*.png")}) == 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -73,6 +81,7 @@ def test_guidance_changes_the_picture(models: SimpleNamespace, here: Path):
         ([PROMPT, "--out", "no/such/folder"], ["no/such does not exist. Create it"]),
         ([PROMPT, "--out", "nowhere/sheet.png"], ["nowhere does not exist. Create it"]),
         ([PROMPT, "--out", "sheet.jpg"], ["sheet.jpg", "PNG"]),
+        ([PROMPT, "--sampler", "euler"], ["'euler'", "plms, dpm-solver"]),
         ([PROMPT, "--checkpoint", "nowhere"], ["no checkpoint 'nowhere'"]),
         ([], ["PROMPT"]),
     ],

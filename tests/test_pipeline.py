@@ -154,7 +154,9 @@ def test_noise_does_not_depend_on_the_batch():
     assert all(torch.equal(a, b) for a, b in draws) and not torch.equal(draws[0][0], draws[1][0])
 
 
-@pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 1.0), ("ddpm", 0.0)])
+@pytest.mark.parametrize("sampler, eta", [
+    ("ddim", 0.0), ("ddim", 1.0), ("ddpm", 0.0), ("plms", 0.0), ("dpm-solver", 0.0),
+])  # fmt: skip
 def test_a_picture_is_the_same_at_any_batch_size(model: LatentDiffusion, sampler: str, eta: float):
     arguments = dict(num_steps=5, sampler=sampler, eta=eta, precision="float32")
     together = model.sample(PROMPTS, seeds=3, **arguments)
@@ -182,7 +184,8 @@ def test_the_steps_of_a_model(model: LatentDiffusion):
         (dict(num_steps=0), "between 1 and 1000; it is 0"), (dict(num_steps=-3), "-3"), (dict(num_steps=1001), "1001"),
         (dict(guidance_scale=float("nan")), "nan"), (dict(guidance_scale=-1), "-1"),
         (dict(guidance_scale=float("inf")), "inf"), (dict(eta=1.5), "1.5"), (dict(eta=float("nan")), "nan"),
-        (dict(sampler="euler"), "'euler'.*ddim, ddpm"), (dict(seeds=[1, 2]), "1 prompts, 2 seeds"),
+        (dict(sampler="euler"), "'euler'.*ddim, ddpm, plms, dpm-solver"),
+        (dict(sampler="plms", eta=0.5), "eta belongs to ddim.*plms.*0.5"), (dict(seeds=[1, 2]), "1 prompts, 2 seeds"),
         (dict(seeds=[]), "0 seeds"), (dict(prompts=[]), "0 prompts"), (dict(precision="fp8"), "'fp8'"),
     ],
 )  # fmt: skip

@@ -13,7 +13,12 @@ from ldm_edu.runtime import batches, progress
 
 
 def draw(
-    model: LatentDiffusion, prompts: Sequence[str], seeds: Sequence[int], num_steps: int, guidance_scale: float
+    model: LatentDiffusion,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    num_steps: int,
+    guidance_scale: float,
+    sampler: str = "ddim",
 ) -> Tensor:
     """A picture for each prompt, from its seed: `(len(prompts), 3, H, W)` in [-1, 1]. With a progress bar a batch.
 
@@ -22,7 +27,7 @@ def draw(
     """
     images = []
     for part in batches(len(prompts), 16):
-        stream = model.steps(prompts[part], num_steps, guidance_scale, seeds[part])
+        stream = model.steps(prompts[part], num_steps, guidance_scale, seeds[part], sampler)
         for step in progress(stream, total=num_steps + 1, desc="denoising"):
             last = step
         images.append(model.to_image(last.z))

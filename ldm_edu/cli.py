@@ -89,7 +89,7 @@ def sample(
     checkpoint: Annotated[str, typer.Option(help="A committed name, or a folder.")] = "shapes-text",
     num: Annotated[int, typer.Option(help="Pictures for each prompt.")] = 4,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
-    sampler: Annotated[str, typer.Option(help="ddim, ddpm, plms or dpm-solver.")] = "ddim",
+    sampler: Annotated[str, typer.Option(help="ddim, ddpm, plms (not below 25 steps) or dpm-solver.")] = "ddim",
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is none.")] = 3.0,
     seed: Annotated[int, typer.Option(help="Of each prompt's first picture; the next have +1.")] = 0,
     out: Annotated[Path, typer.Option(help="FILE.png for one sheet; a folder for a file a picture.")] = Path(

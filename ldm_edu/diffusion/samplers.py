@@ -130,6 +130,9 @@ def plms(
     The first step follows the released code of latent diffusion, not the paper's Runge-Kutta steps: it goes there,
     asks again, and starts over along the mean of both answers. So the second timestep is asked twice. The noises
     are mixed whatever the network predicts.
+
+    It wants small steps. Of few steps, the last ones to the clean latent are long, and a mix of noises from further
+    back points past it: on `shapes-text` 8 steps drew nothing that was asked for, 25 were as good as DDIM's.
     """
     z = z0 = noise
     past: deque[Tensor] = deque(maxlen=4)

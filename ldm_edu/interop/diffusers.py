@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldm_edu.autoencoder import AutoencoderConfig, FirstStage, VQConfig
 from ldm_edu.checkpoint import settings_of
-from ldm_edu.interop.names import exported, imported, refuse_others
+from ldm_edu.interop.names import attention_levels, exported, imported, refuse_others
 from ldm_edu.runtime import UserError
 
 FREE = (
@@ -125,20 +125,12 @@ def _our_config(config: Mapping[str, Any]) -> AutoencoderConfig:
         use_quant_conv=(True,), use_post_quant_conv=(True,), shift_factor=(None, 0.0), latents_mean=(None,),
         latents_std=(None,),
     )  # fmt: skip
-    down, up, widths = config["down_block_types"], config["up_block_types"], list(config["block_out_channels"])
-    attention = ["Attn" * block.startswith("Attn") for block in down]
-    mirrored = [f"{a}UpDecoderBlock2D" for a in reversed(attention)]
-    if len(down) != len(widths) or [*down] != [f"{a}DownEncoderBlock2D" for a in attention] or [*up] != mirrored:
-        raise UserError(
-            f"A first stage here has an (Attn)DownEncoderBlock2D for each of block_out_channels {widths}, and the same "
-            f"in the decoder, reversed; this one has down_block_types {[*down]} and up_block_types {[*up]}."
-        )
-    if any(width % widths[0] for width in widths):
-        raise UserError(f"block_out_channels must be multiples of the first one, and {widths} are not.")
+    widths = config["block_out_channels"]
+    levels = attention_levels(config, "first stage", "Attn", "DownEncoderBlock2D", "UpDecoderBlock2D")
     ours = dict(
         latent_channels=config["latent_channels"], channels=widths[0], blocks=config["layers_per_block"],
         channel_multipliers=tuple(width // widths[0] for width in widths),
-        attention_levels=tuple(level for level, a in enumerate(attention) if a),
+        attention_levels=levels,
         middle_attention=config.get("mid_block_add_attention", True), groups=config.get("norm_num_groups", 32),
         image_channels=config["in_channels"],
     )  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm_edu.checkpoint import settings_of
 from ldm_edu.interop.diffusers import read_folder, with_new_names
-from ldm_edu.interop.names import filled, refuse_others
+from ldm_edu.interop.names import attention_levels, filled, refuse_others
 from ldm_edu.interop.unet_names import their_name
 from ldm_edu.runtime import UserError
 from ldm_edu.unet import UNet, UNetConfig
@@ -118,17 +118,8 @@ def _our_config(config: Mapping[str, Any]) -> UNetConfig:
         {name: value for name, value in config.items() if not name.startswith("_")}, FREE, "UNet", **ONLY,
         mid_block_type=(MIDDLE[kind],), attn_norm_num_groups=(groups,) if scale_shift else (None, groups),
     )  # fmt: skip
-    down, up, widths = config["down_block_types"], config["up_block_types"], [*config["block_out_channels"]]
-    attention = [PREFIX[kind] * block.startswith(PREFIX[kind]) for block in down]
-    mirrored = [f"{a}UpBlock2D" for a in reversed(attention)]
-    if len(down) != len(widths) or [*down] != [f"{a}DownBlock2D" for a in attention] or [*up] != mirrored:
-        raise UserError(
-            f"A UNet here has a ({PREFIX[kind]})DownBlock2D for each of block_out_channels {widths}, and the same on "
-            f"the way up, reversed; this one has down_block_types {[*down]} and up_block_types {[*up]}."
-        )
-    if any(width % widths[0] for width in widths):
-        raise UserError(f"block_out_channels must be multiples of the first one, and {widths} are not.")
-    levels = tuple(level for level, a in enumerate(attention) if a)
+    widths = config["block_out_channels"]
+    levels = attention_levels(config, "UNet", PREFIX[kind], "DownBlock2D", "UpBlock2D")
     ours: dict[str, Any] = {"context_channels": None}
     if kind == "UNet2DConditionModel":
         depth = config.get("transformer_layers_per_block", 1)

@@ -84,7 +84,7 @@ def fit(
         objective = objective.to(memory_format=torch.channels_last)
     prepared, optimizer = accelerator.prepare(objective.to(device).train(), _optimizer(objective, settings))
     players = _players(objective)
-    weights = [p for p in objective.parameters() if p.requires_grad]
+    weights = [p for player in players for p in player]
     ema = [w.detach().clone() for w in weights]
     saved = load_state(out, objective, ema, optimizer, settings) if out and resume else None
     start, seconds = (saved["step"], saved["seconds"]) if saved else (0, 0.0)

@@ -287,8 +287,7 @@ def lab(context: typer.Context) -> None:
     """Open JupyterLab on the tour. Further options go to JupyterLab: ldm-edu lab --no-browser --port 9000."""
     if not TOUR.is_file():
         _refuse(f"There is no {TOUR}. The notebooks come with a clone of the project; run it from there.")
-    quiet = "--LabApp.news_url=None"  # its question about news would cover the page
-    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={TOUR.parent.parent}", quiet, str(TOUR)]
+    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={TOUR.parent.parent}", str(TOUR)]
     if hasattr(os, "geteuid") and os.geteuid() == 0:  # in a container, say
         command.append("--allow-root")
     raise typer.Exit(subprocess.call([*command, *context.args]))

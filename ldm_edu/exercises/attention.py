@@ -1,0 +1,120 @@
+"""The exercises of notebooks 04 and 05: the timestep's embedding, a block that starts as nothing, attention by hand."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ldm_edu.exercises.grading import Answer, ExerciseError, Mistake, grade
+from ldm_edu.layers import ResidualBlock
+from ldm_edu.layers.attention import attend
+from ldm_edu.unet import timestep_embedding
+
+
+def check_timestep_embedding(answer: Answer) -> None:
+    """Check `answer(t, channels)`: the sinusoids of timesteps `(B,)`, cosines first: `(B, channels)`."""
+
+    def pair(angles: Tensor) -> Tensor:
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+    def variant(place: float = 1, factor: float = 1, less: int = 0, join: Answer = pair) -> Answer:
+        def embed(t: Tensor, channels: int) -> Tensor:
+            half = channels // 2
+            return join(factor * t.float()[:, None] * 1e4 ** (-place * torch.arange(half) / (half - less)))
+
+        return embed
+
+    mistakes: list[Mistake] = [
+        ("sines come first in your answer; the released code puts the cosines first.",
+         variant(join=lambda a: torch.cat([a.sin(), a.cos()], dim=-1))),
+        ("cosines and sines take turns in your answer; put all cosines first, then all sines.",
+         variant(join=lambda a: torch.stack([a.cos(), a.sin()], dim=-1).flatten(1))),
+        ("your slowest frequency is 1/10000 itself: that is DDPM's code. Divide i by the number of frequencies, not by "
+         "one less.", variant(less=1)),
+        ("i runs over channels / 2 frequencies: divide it by that, not by channels.", variant(place=0.5)),
+        ("t goes in as it is, 0 to 999, not divided by 1000.", variant(factor=1e-3)),
+        ("no 2π here: the angle is t times the frequency.", variant(factor=2 * math.pi)),
+    ]  # fmt: skip
+    cases = [(torch.tensor([0, 1, 4, 10]), channels) for channels in (8, 12)]
+    grade("timestep embedding", answer, timestep_embedding, cases, mistakes)
+
+
+def check_zero_output(answer: Answer) -> None:
+    """Check `answer(block)`: the same `ResidualBlock`, changed so that it starts as its shortcut and still learns."""
+
+    def measured(rule: Answer) -> Answer:
+        def run(x: Tensor, time: Tensor, out_channels: int) -> Tensor | None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                block = rule(ResidualBlock(x.shape[1], out_channels, time.shape[1], groups=2))
+            if block is None:
+                return None
+            output, last = block(x, time), block.conv2.weight
+            if not last.requires_grad:
+                raise ExerciseError("conv2 must still learn: only set it to zero, and leave requires_grad alone.")
+            (learns,) = torch.autograd.grad(output.square().sum(), last, retain_graph=True)
+            return torch.cat([output.flatten(), learns.flatten()])
+
+        return run
+
+    def zeroed(*names: str) -> Answer:
+        def change(block: nn.Module) -> nn.Module:
+            for name, weight in block.named_parameters():
+                if name.startswith(names):
+                    nn.init.zeros_(weight)
+            return block
+
+        return measured(change)
+
+    mistakes = [
+        ("the bias of conv2 is still added: set it to zero too.", zeroed("conv2.weight")),
+        ("the weight of conv2 is still there: set it to zero too.", zeroed("conv2.bias")),
+        ("that is the first convolution; what the block adds comes out of the last, conv2.", zeroed("conv1")),
+        ("a norm at zero leaves conv2's bias in the sum; set conv2 to zero.", zeroed("norm2")),
+        ("nothing reaches conv2 any more, so it cannot learn: set conv2 alone to zero.", zeroed("")),
+        ("nothing reaches conv2 any more, so it cannot learn: set conv2 alone to zero.", zeroed("conv2", "norm2")),
+        ("the shortcut must stay: without it the block lets nothing through.", zeroed("conv2", "shortcut")),
+        ("nothing has changed.", zeroed("none")),
+    ]
+    draw = torch.Generator().manual_seed(0)
+    x, time = torch.randn(2, 4, 3, 3, generator=draw), torch.randn(2, 6, generator=draw)
+    grade("zero output", measured(answer), zeroed("conv2"), [(x, time, 4), (x, time, 6)], mistakes)
+
+
+def check_attention(answer: Answer) -> None:
+    """Check `answer(q, k, v, heads)`: attention of `q` (B, N, C) to `k`, `v` (B, M, C) in `heads` heads: (B, N, C)."""
+
+    def variant(scale: Answer = lambda size, heads: size**-0.5, axis: int | None = -1, before: str = "(h d)",
+                after: str = "b n (h d)") -> Answer:  # fmt: skip
+        def run(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+            q, k, v = (rearrange(x, f"b n {before} -> b h n d", h=heads) for x in (q, k, v))
+            weights = q @ k.transpose(-2, -1) * scale(q.shape[-1], heads)
+            out = (weights if axis is None else weights.softmax(axis)) @ v
+            return out.reshape(len(q), q.shape[2], -1) if not after else rearrange(out, f"b h n d -> {after}")
+
+        return run
+
+    def right(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+        q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
+        return rearrange(attend(q, k, v), "b h n d -> b n (h d)")
+
+    one_head = variant()
+    mistakes: list[Mistake] = [
+        ("your softmax runs over the queries; each query's weights over the keys sum to 1.", variant(axis=-2)),
+        ("your softmax runs over the heads; each query's weights over the keys sum to 1.", variant(axis=1)),
+        ("the softmax is missing.", variant(axis=None)),
+        ("the scale is 1/√d with d the width of one head, C / heads, not C.", variant(lambda d, h: (d * h) ** -0.5)),
+        ("the scale 1/√d is missing.", variant(lambda d, h: 1)),
+        ("the scale is 1/√d, not 1/d.", variant(lambda d, h: 1 / d)),
+        ("divide by √d; you multiply.", variant(lambda d, h: d**0.5)),
+        ("you use one head of all channels; each head attends with its own.", lambda q, k, v, h: one_head(q, k, v, 1)),
+        ("a head's channels lie side by side: the first C / heads are head 0's.", variant(before="(d h)")),
+        ("put the heads back as you took them apart: head 0's channels come first.", variant(after="b n (d h)")),
+        ("swap heads and places back before you join the channels.", variant(after="")),
+    ]
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (2 * torch.randn(2, n, 8, generator=draw) for n in (5, 3, 3))
+    grade("attention", answer, right, [(q, k, v, 2), (q, k, v, 4), (q, k, v, 1)], mistakes)

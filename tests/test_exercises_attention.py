@@ -1,0 +1,149 @@
+"""The checks of the exercises on UNet and attention: each takes the solution, and names the mistake of a wrong one."""
+
+import math
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ldm_edu.exercises import ExerciseError
+from ldm_edu.exercises.attention import check_attention, check_timestep_embedding, check_zero_output
+
+CHECKS = {
+    check_timestep_embedding: "timestep embedding", check_zero_output: "zero output", check_attention: "attention"
+}  # fmt: skip
+
+
+# The right solutions, written as a learner would: with nothing of the package.
+
+
+def angles(t: Tensor, channels: int) -> Tensor:
+    return torch.outer(t.float(), torch.tensor([10_000 ** (-2 * i / channels) for i in range(channels // 2)]))
+
+
+def embedding(t: Tensor, channels: int) -> Tensor:
+    return torch.hstack([torch.cos(angles(t, channels)), torch.sin(angles(t, channels))])
+
+
+def both(t: Tensor, place: Tensor) -> Tensor:
+    return torch.cat([f(t[:, None] * torch.exp(-math.log(1e4) * place)) for f in (torch.cos, torch.sin)], 1)
+
+
+def zeroed(block: nn.Module, *names: str) -> nn.Module:
+    for name in names:
+        block.get_parameter(name).data.fill_(0)
+    return block
+
+
+def last(block: nn.Module) -> nn.Module:
+    return zeroed(block, "conv2.weight", "conv2.bias")
+
+
+def frozen(block: nn.Module) -> nn.Module:
+    return last(block).requires_grad_(False)
+
+
+def everything(block: nn.Module) -> nn.Module:
+    return zeroed(block, *dict(block.named_parameters()))
+
+
+def no_shortcut(block: nn.Module) -> nn.Module:
+    return zeroed(last(block), *(n for n, _ in block.named_parameters() if "shortcut" in n))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | None = None, weigh: Callable | None = None):
+    """Head by head."""
+    size, done = q.shape[2] // heads, []
+    for h in range(heads):
+        mine = slice(h * size, (h + 1) * size)
+        logits = q[..., mine] @ k[..., mine].mT * (size**-0.5 if scale is None else scale)
+        done.append((weigh or (lambda x: x.softmax(2)))(logits) @ v[..., mine])
+    return torch.cat(done, 2)
+
+
+def all_heads(q: Tensor, k: Tensor, v: Tensor, heads: int, interleaved: bool = False) -> Tensor:
+    """(B, heads, N, d)."""
+    split = [x.unflatten(2, (-1, heads) if interleaved else (heads, -1)) for x in (q, k, v)]
+    q, k, v = (x.permute(0, 3, 1, 2) if interleaved else x.transpose(1, 2) for x in split)
+    return (q @ k.mT / math.sqrt(q.shape[3])).softmax(3) @ v
+
+
+def over_heads(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    return ((q @ k.mT / math.sqrt(q.shape[3])).softmax(1) @ v).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize(
+    "check, answer",
+    [
+        (check_timestep_embedding, embedding), (check_zero_output, last), (check_attention, attention),
+        (check_attention, lambda q, k, v, h: all_heads(q, k, v, h).transpose(1, 2).flatten(2)),
+    ],
+)  # fmt: skip
+def test_a_right_solution_passes(check: Callable, answer: Callable, capsys: pytest.CaptureFixture):
+    assert check(answer) is None
+    assert capsys.readouterr().out == f"ok: {CHECKS[check]}\n"
+
+
+EMBEDDING = {
+    "sines come first": lambda t, c: torch.hstack([angles(t, c).sin(), angles(t, c).cos()]),
+    "take turns": lambda t, c: torch.stack([angles(t, c).cos(), angles(t, c).sin()], 2).flatten(1),
+    "one less": lambda t, c: both(t, torch.arange(c // 2) / (c // 2 - 1)),
+    "not by channels": lambda t, c: both(t, torch.arange(c // 2) / c),
+    "not divided by 1000": lambda t, c: embedding(t / 1000, c),
+    "no 2π": lambda t, c: embedding(2 * math.pi * t, c),
+    r"for channels = 8 is nan; it should be": lambda t, c: embedding(t, c) * math.nan,
+    r"shape \(4, 4\); it should be \(4, 8\)": angles,
+}  # fmt: skip
+ZERO = {
+    "the bias of conv2": lambda block: zeroed(block, "conv2.weight"),
+    "the weight of conv2": lambda block: zeroed(block, "conv2.bias"),
+    "first convolution": lambda block: zeroed(block, "conv1.weight", "conv1.bias"),
+    "a norm at zero": lambda block: zeroed(block, "norm2.weight", "norm2.bias"),
+    "reaches conv2 any more": everything,
+    "nothing reaches conv2": lambda block: zeroed(last(block), "norm2.weight", "norm2.bias"),
+    "shortcut must stay": no_shortcut,
+    "nothing has changed": lambda block: block,
+    "must still learn": frozen,
+}
+ATTENTION = {
+    "over the queries": lambda *a: attention(*a, weigh=lambda x: x.softmax(1)),
+    "over the heads": over_heads,
+    "softmax is missing": lambda *a: attention(*a, weigh=lambda x: x),
+    "d the width of one head": lambda q, k, v, h: attention(q, k, v, h, scale=q.shape[2] ** -0.5),
+    "the scale 1/√d is missing": lambda *a: attention(*a, scale=1.0),
+    "not 1/d": lambda q, k, v, h: attention(q, k, v, h, scale=h / q.shape[2]),
+    "you multiply": lambda q, k, v, h: attention(q, k, v, h, scale=(q.shape[2] / h) ** 0.5),
+    "one head of all channels": lambda q, k, v, h: attention(q, k, v, 1),
+    "lie side by side": lambda *a: all_heads(*a, interleaved=True).transpose(1, 2).flatten(2),
+    "as you took them apart": lambda *a: all_heads(*a).permute(0, 2, 3, 1).flatten(2),
+    "swap heads and places": lambda q, k, v, h: all_heads(q, k, v, h).reshape(q.shape),
+    "v does not get the gradient": lambda q, k, v, h: attention(q, k, v.detach(), h),
+    r"shape \(2, 2, 5, 4\); it should be \(2, 5, 8\)": all_heads,
+}
+WRONG = [
+    (check, words, answer)
+    for check, table in zip(CHECKS, (EMBEDDING, ZERO, ATTENTION), strict=True)
+    for words, answer in table.items()
+]
+
+
+@pytest.mark.parametrize("check, words, answer", WRONG, ids=[f"{CHECKS[c]}: {w}" for c, w, _ in WRONG])
+def test_a_wrong_solution_is_refused_in_words(
+    check: Callable, words: str, answer: Callable, capsys: pytest.CaptureFixture
+):
+    with pytest.raises(ExerciseError, match=f"^{CHECKS[check]}: .*{words}"):
+        check(answer)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=CHECKS.values())
+def test_what_a_learner_leaves_undone_is_refused_in_words(check: Callable):
+    def stub(*arguments: object) -> None:
+        raise NotImplementedError
+
+    for answer, words in ((stub, "not written yet"), (lambda *_: None, "None.*return"), (lambda: 1, "TypeError")):
+        with pytest.raises(ExerciseError, match=f"{re.escape(CHECKS[check])}: .*{words}"):
+            check(answer)

@@ -15,8 +15,9 @@ from ldm_edu.autoencoder import FirstStage
 from ldm_edu.conditioning import TextConditioner
 from ldm_edu.diffusion import PREDICTIONS, Schedule, Step, guided, spaced_timesteps
 from ldm_edu.diffusion.samplers import ddim, ddpm, dpm_solver, plms
-from ldm_edu.runtime import PictureNoise, UserError, autocast, batches, pick_device
+from ldm_edu.runtime import PictureNoise, UserError, autocast, batches, pick_device, uses_bfloat16
 from ldm_edu.unet import UNet, UNetConfig
+from ldm_edu.unet.fast import Denoiser
 
 SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "plms": plms, "dpm-solver": dpm_solver}
 
@@ -53,6 +54,7 @@ class LatentDiffusion(nn.Module):
         self.first_stage = first_stage.requires_grad_(False)
         self.unet, self.conditioner, self.schedule = unet, conditioner, schedule
         self.latent_scale, self.prediction, self.latent_size = latent_scale, prediction, latent_size
+        self._compiled: dict[torch.dtype, Denoiser] = {}
 
     @property
     def device(self) -> torch.device:
@@ -87,6 +89,7 @@ class LatentDiffusion(nn.Module):
         sampler: str = "ddim",
         eta: float = 0.0,
         precision: str = "auto",
+        compiled: bool = False,
     ) -> Iterator[Step]:
         """Sample, yielding every step: `Step(t, z, z0)` with scaled latents. The arguments are checked at once.
 
@@ -97,6 +100,8 @@ class LatentDiffusion(nn.Module):
             seeds: one for each picture; a single integer s means s, s+1, ...
             sampler: "ddim" (with `eta` from 0, deterministic, to 1), "ddpm", "plms" or "dpm-solver"; see `diffusion`.
             precision: "float32", "bfloat16", or "auto": bfloat16 on a GPU that has it, else float32.
+            compiled: sample with a compiled UNet, for many pictures: the first batch of each size waits for the
+                compiler, up to a minute or two. Where it fails, a warning says why, and it goes on without.
 
         Raises:
             UserError: unknown words, a number out of range, or seeds that do not match the prompts.
@@ -119,14 +124,14 @@ class LatentDiffusion(nn.Module):
             raise UserError(f"eta belongs to ddim; with {sampler} leave it at 0, not {eta}.")
         timesteps = spaced_timesteps(self.schedule.T, num_steps)
         self.conditioner.tokenize(prompts)
-        autocast(self.device, precision)
+        unet = self._denoiser(precision, compiled)
         draw = PictureNoise(seeds)
 
         def run() -> Iterator[Step]:
             # Gradients are off inside each step, not around the loop: a generator must not change its caller's mode.
             with torch.no_grad():
                 context, null = self.context(prompts), self.context([""] * len(prompts))
-            network = guided(self.unet, context, null, guidance_scale)
+            network = guided(unet, context, null, guidance_scale)
 
             @torch.no_grad()
             def denoiser(z: Tensor, t: Tensor) -> Tensor:
@@ -139,6 +144,14 @@ class LatentDiffusion(nn.Module):
             yield from SAMPLERS[sampler](*common, **noisy.get(sampler, {}))
 
         return run()
+
+    def _denoiser(self, precision: str, compiled: bool) -> Denoiser:
+        dtype = torch.bfloat16 if uses_bfloat16(self.device, precision) else torch.float32
+        if not compiled:
+            return Denoiser(self.unet)
+        if dtype not in self._compiled or not self._compiled[dtype].is_of(self.unet):
+            self._compiled[dtype] = Denoiser(self.unet, compiled, dtype)
+        return self._compiled[dtype]
 
     def sample(self, prompts: str | Sequence[str], **arguments: object) -> Tensor:
         """Pictures `(B, 3, H, W)` in [-1, 1], on the CPU. Arguments as for `steps`."""

@@ -79,14 +79,22 @@ class PictureNoise:
         return torch.stack([torch.randn(*shape_of_one, generator=g) for g in self.generators])
 
 
-def autocast(device: torch.device, precision: str = "auto") -> AbstractContextManager:
-    """The context in which a network runs: "float32", "bfloat16", or "auto" (bfloat16 on a GPU that has it)."""
+def uses_bfloat16(device: torch.device, precision: str = "auto") -> bool:
+    """What "float32", "bfloat16" or "auto" (bfloat16 on a GPU that is fast in it) means on a device.
+
+    Raises:
+        UserError: another word.
+    """
     if precision not in ("auto", "float32", "bfloat16"):
         raise UserError(f"The precision is auto, float32 or bfloat16, not {precision!r}.")
-    fast = precision == "bfloat16" or (
+    return precision == "bfloat16" or (
         precision == "auto" and device.type == "cuda" and has_fast_bfloat16(device)
     )
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+
+
+def autocast(device: torch.device, precision: str = "auto") -> AbstractContextManager:
+    """The context in which a network runs; see `uses_bfloat16`."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bfloat16(device, precision))
 
 
 def data_folder() -> Path:

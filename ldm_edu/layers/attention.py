@@ -6,6 +6,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+KeyValue = tuple[Tensor, Tensor]
+# What an attention reads: a sequence, the K and V that were made of it beforehand (for each layer), or itself.
+Context = Tensor | dict[nn.Module, KeyValue] | None
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √d) v for `q` (B, heads, N, d), `k` and `v` (B, heads, M, d): `(B, heads, N, d)`.
@@ -46,14 +50,18 @@ class Attention(nn.Module):
         self.value = nn.Linear(source, channels, bias=bias)
         self.out = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def split(self, sequence: Tensor) -> Tensor:
+        """`(B, N, channels)` divided among the heads: `(B, heads, N, channels / heads)`."""
+        return rearrange(sequence, "b n (h d) -> b h n d", h=self.heads)
+
+    def project(self, context: Tensor) -> KeyValue:
+        """K and V of a context `(B, M, context_channels)`, divided among the heads."""
+        return self.split(self.key(context)), self.split(self.value(context))
+
+    def forward(self, x: Tensor, context: Context = None) -> Tensor:
         """`x` (B, N, channels), `context` (B, M, context_channels): `(B, N, channels)`."""
-        source = x if context is None else context
-        q, k, v = (
-            rearrange(t, "b n (h d) -> b h n d", h=self.heads)
-            for t in (self.query(x), self.key(source), self.value(source))
-        )
-        return self.out(rearrange(self.attend(q, k, v), "b h n d -> b n (h d)"))
+        k, v = context[self] if isinstance(context, dict) else self.project(x if context is None else context)
+        return self.out(rearrange(self.attend(self.split(self.query(x)), k, v), "b h n d -> b n (h d)"))
 
 
 class AttentionBlock(nn.Module):

@@ -7,6 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm_edu.layers import Attention
+from ldm_edu.layers.attention import Context
 
 
 class FeedForward(nn.Module):
@@ -41,7 +42,7 @@ class TransformerBlock(nn.Module):
         self.cross_attention = Attention(channels, heads, context_channels)
         self.feed_forward = FeedForward(channels)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context = None) -> Tensor:
         """`x` (B, N, channels), `context` (B, M, context_channels): `(B, N, channels)`."""
         x = x + self.self_attention(self.norm1(x))
         x = x + self.cross_attention(self.norm2(x), context)
@@ -66,7 +67,7 @@ class SpatialTransformer(nn.Module):
         nn.init.zeros_(self.project_out.weight)
         nn.init.zeros_(self.project_out.bias)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context = None) -> Tensor:
         """`x` (B, channels, H, W), `context` (B, M, context_channels): the shape of `x`."""
         height = x.shape[2]
         h = self.project_in(rearrange(self.norm(x), "b c h w -> b (h w) c"))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_edu.layers import AttentionBlock, Downsample, ResidualBlock, Upsample
+from ldm_edu.layers.attention import Context
 from ldm_edu.runtime import UserError
 from ldm_edu.unet.transformer import SpatialTransformer
 
@@ -116,7 +117,7 @@ class Block(nn.Module):
         self.residual = _residual(config, in_channels, out_channels)
         self.transformer = _attention(config, level) if level in config.attention_levels else None
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, context: Context) -> Tensor:
         """`x` (B, in_channels, H, W): `(B, out_channels, H, W)`."""
         x = self.residual(x, time)
         return x if self.transformer is None else self.transformer(x, context)
@@ -135,7 +136,7 @@ class DownLevel(nn.Module):
         )
         self.downsample = None if last else Downsample(out_channels, symmetric=True)
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor | None) -> list[Tensor]:
+    def forward(self, x: Tensor, time: Tensor, context: Context) -> list[Tensor]:
         """Every output along the way, for the skip connections; the last one leads on."""
         outputs = []
         for block in self.blocks:
@@ -165,7 +166,7 @@ class UpLevel(nn.Module):
             in_channels = out_channels
         self.upsample = None if last else Upsample(out_channels)
 
-    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Context) -> Tensor:
         """Takes the skip connections that it needs from the end of `skips`."""
         for block in self.blocks:
             x = block(torch.cat([x, skips.pop()], dim=1), time, context)
@@ -182,7 +183,7 @@ class Middle(nn.Module):
         self.transformer = _attention(config, level=len(config.widths) - 1)
         self.residual2 = _residual(config, channels, channels)
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, context: Context) -> Tensor:
         """`(B, channels, H, W)` to the same shape."""
         return self.residual2(self.transformer(self.residual1(x, time), context), time)
 
@@ -221,7 +222,7 @@ class UNet(nn.Module):
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
 
-    def forward(self, z: Tensor, t: Tensor, context: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+    def forward(self, z: Tensor, t: Tensor, context: Context = None, labels: Tensor | None = None) -> Tensor:
         """`z` (B, in_channels, h, w), `t` and `labels` (B,) integers, `context` (B, M, d): `(B, out_channels, h, w)`.
 
         h and w must be multiples of 2 ** (number of levels - 1).

@@ -1,4 +1,4 @@
-"""The recipes: one file for each committed checkpoint, named like it; the many small ones of the sweep share one."""
+"""The recipes: one file for each committed checkpoint, named like it; those of a comparison share one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from ldm_edu.runtime import UserError
-from ldm_edu.training.recipes import sweep
+from ldm_edu.training.recipes import spaces, sweep
 
 FILES = {
     "perceptual": "perceptual",
@@ -15,11 +15,12 @@ FILES = {
     "shapes-kl-f4": "shapes_kl_f4",
     "shapes-text": "shapes_text",
 }
+SHARED = {**spaces.RECIPES, **sweep.RECIPES}
 
 
 def names() -> list[str]:
     """The recipes there are."""
-    return [*FILES, *sweep.RECIPES]
+    return [*FILES, *SHARED]
 
 
 def get(name: str) -> Any:
@@ -28,8 +29,8 @@ def get(name: str) -> Any:
     Raises:
         UserError: no such recipe, with those there are.
     """
-    if name in sweep.RECIPES:
-        return sweep.RECIPES[name]
+    if name in SHARED:
+        return SHARED[name]
     if name not in FILES:
         raise UserError(f"There is no recipe {name!r}; there are {', '.join(names())}.")
     return import_module(f"ldm_edu.training.recipes.{FILES[name]}")

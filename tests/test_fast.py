@@ -1,0 +1,136 @@
+"""What makes sampling faster changes nothing else: K and V kept, the network compiled, and the way back."""
+
+import shutil
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from ldm_edu.layers import Attention
+from ldm_edu.runtime import UserError
+from ldm_edu.unet import UNet, UNetConfig
+from ldm_edu.unet.fast import Denoiser, keys_and_values
+
+CONFIG = UNetConfig(
+    channels=16, channel_multipliers=(1, 2), blocks=1, attention_levels=(1,), heads=2, context_channels=8, groups=4
+)
+
+
+@pytest.fixture
+def unet() -> UNet:
+    torch.manual_seed(0)
+    unet = UNet(CONFIG).eval()
+    for p in unet.parameters():  # a new UNet predicts zero
+        torch.nn.init.normal_(p, std=0.2)
+    return unet
+
+
+def given(context_seed: int = 0, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(context_seed)
+    z = torch.randn(batch, 4, 8, 8, generator=torch.Generator().manual_seed(9))
+    return z, torch.full((batch,), 500), torch.randn(batch, 5, 8, generator=generator)
+
+
+def test_keys_and_values_stand_for_the_context(unet: UNet):
+    z, t, context = given()
+    kept = keys_and_values(unet, context)
+    layers = {module for name, module in unet.named_modules() if name.endswith("cross_attention")}
+    assert set(kept) == layers and len(layers) == 4
+    with torch.no_grad():
+        assert torch.equal(unet(z, t, kept), unet(z, t, context))
+
+
+def test_projected_once_a_prompt(unet: UNet, monkeypatch: pytest.MonkeyPatch):
+    projected = []
+    project = Attention.project
+
+    def counted(self: Attention, context: Tensor) -> tuple[Tensor, Tensor]:
+        projected.append(tuple(context.shape[1:]) == (5, 8))
+        return project(self, context)
+
+    monkeypatch.setattr(Attention, "project", counted)
+    denoiser, (z, t, context), other = Denoiser(unet), given(), given(1)[2]
+    answers = [denoiser(z, t, c) for c in (context, context, context, other, context.clone())]
+    assert sum(projected) == 3 * 4, "four cross-attentions, three contexts"
+    with torch.no_grad():
+        for answer, c in zip(answers, (context, context, context, other, context)):
+            assert torch.equal(answer, unet(z, t, c))
+
+
+def test_answers_are_not_overwritten_and_have_no_gradient(unet: UNet):
+    denoiser, (z, t, context) = Denoiser(unet), given()
+    first = denoiser(z, t, context)
+    before = first.clone()
+    denoiser(2 * z, t, context)
+    assert torch.equal(first, before) and not first.requires_grad
+
+
+def test_a_unet_without_context():
+    torch.manual_seed(0)
+    config = UNetConfig(channels=16, channel_multipliers=(1, 2), blocks=1, heads=2, context_channels=None, groups=4)
+    unet = UNet(config).eval()
+    torch.nn.init.normal_(unet.conv_out.weight)
+    z, t, _ = given()
+    with torch.no_grad():
+        assert torch.equal(Denoiser(unet)(z, t, None), unet(z, t))
+
+
+def test_other_weights_are_noticed(unet: UNet):
+    denoiser = Denoiser(unet)
+    assert denoiser.is_of(unet)
+    with torch.no_grad():
+        unet.conv_in.weight.mul_(1)
+    assert not denoiser.is_of(unet) and Denoiser(unet).is_of(unet)
+
+
+def test_without_a_compiler_it_says_why_and_goes_on(unet: UNet, monkeypatch: pytest.MonkeyPatch):
+    def broken(*_: object) -> Tensor:
+        raise RuntimeError("no working C++ compiler\nand much more")
+
+    monkeypatch.setattr(torch, "compile", lambda network, **_: broken)
+    denoiser, (z, t, context) = Denoiser(unet, compiled=True), given()
+    with pytest.warns(UserWarning, match="without the compiler, which failed: no working C.. compiler$"):
+        first = denoiser(z, t, context)
+    assert torch.equal(denoiser(z, t, context), first), "the second call does not try, nor warn, again"
+    with torch.no_grad():
+        torch.testing.assert_close(first, unet(z, t, context))
+
+
+def test_a_mistake_of_the_caller_is_not_the_compilers(unet: UNet):
+    z, t, _ = given()
+    with pytest.raises(UserError, match="with context"):
+        Denoiser(unet)(z, t, None)
+
+
+def test_the_pipeline_compiles_once_for_the_same_weights(monkeypatch: pytest.MonkeyPatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda network, **_: compiled.append(network) or network)
+    model = tiny.latent_diffusion()
+
+    def sample(**arguments: object) -> Tensor:
+        return model.sample("a red circle", num_steps=2, **arguments)
+
+    eager = sample()
+    assert not compiled
+    torch.testing.assert_close(sample(compiled=True), eager)
+    sample(compiled=True)
+    assert len(compiled) == 1 and compiled[0] is not model.unet
+    sample(compiled=True, precision="bfloat16")
+    assert [unet.conv_in.weight.dtype for unet in compiled] == [torch.float32, torch.bfloat16]
+    with torch.no_grad():
+        model.unet.conv_out.bias += 1
+    torch.testing.assert_close(sample(compiled=True), sample())
+    assert len(compiled) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("error:Sampling without")
+def test_compiled_equals_eager(unet: UNet):
+    z, t, context = given()
+    denoiser = Denoiser(unet, compiled=True)
+    with torch.no_grad():
+        torch.testing.assert_close(denoiser(z, t, context), unet(z, t, context), rtol=1e-4, atol=1e-4)
+        other = given(1)[2]  # the K and V of the first prompt have not become constants, as the weights have
+        torch.testing.assert_close(denoiser(z, t, other), unet(z, t, other), rtol=1e-4, atol=1e-4)

@@ -19,6 +19,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from ldm_edu.bench.command import bench
+
 TOUR = Path(__file__).resolve().parent.parent / "notebooks" / "00_tour.ipynb"
 
 
@@ -260,26 +262,7 @@ def evaluate(
     typer.echo(f"{result['captions']} captions a group, seed {result['seed']}")
 
 
-@app.command()
-def bench(
-    what: Annotated[str, typer.Argument(metavar="first-stage", help="What to time.")],
-    size: Annotated[
-        int | None, typer.Option(metavar="PIXELS", help="Side of the picture; by default 128, on a GPU 512.")
-    ] = None,
-    runs: Annotated[int, typer.Option(help="Runs of each side, for the median.")] = 10,
-    channels: Annotated[int, typer.Option(help="Width of the network; 128 is Stable Diffusion's.")] = 128,
-    large: Annotated[bool, typer.Option("--large", help="Decode 1024x1024, too: minutes on a CPU.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """Our speed and memory beside diffusers', with the same weights, turn by turn. Let nothing else run."""
-    if what != "first-stage":
-        _refuse(f"There is no bench {what!r}; there is first-stage.")
-    _at_least(1, "--runs", runs)
-
-    from ldm_edu.bench import first_stage, table
-
-    rows = first_stage(size, runs, channels, large)
-    typer.echo(json.dumps({"rows": rows}, allow_nan=False) if as_json else table(rows))
+app.command()(bench)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +12,14 @@ import pytest
 import torch
 from commands import refused, run
 
-from ldm_edu import bench
 from ldm_edu.autoencoder import AutoencoderConfig
+from ldm_edu.bench import first_stage, sides
+from ldm_edu.bench.first_stage import FirstStageJob
+from ldm_edu.bench.sides import Job, Sides
 
-KEYS = "name device precision ours_s peer peer_s ratio max_abs_diff ours_peak_mb peer_peak_mb".split()
-TINY = bench.Job(False, AutoencoderConfig(channels=32, channel_multipliers=(1, 2), blocks=1), "cpu", 8)
+KEYS = "name device precision ours_s peer peer_s ratio max_abs_diff scale ours_peak_mb peer_peak_mb".split()
+CONFIG = AutoencoderConfig(channels=32, channel_multipliers=(1, 2), blocks=1)
+TINY = FirstStageJob(False, "cpu", "decode", config=CONFIG, size=8)
 PEER = replace(TINY, peer=True)
 
 
@@ -26,11 +28,11 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("LDM_EDU_DEVICE", "cpu")
 
 
-class Here:
-    """Stands for the process of a side, and does its work in this one."""
+class Here(Sides):
+    """Both sides in this process."""
 
-    def __init__(self, *_: object) -> None:
-        pass
+    def __init__(self, measured: Callable | None = None) -> None:
+        self.measured = measured
 
     def __enter__(self) -> "Here":
         return self
@@ -38,10 +40,8 @@ class Here:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def submit(self, measure: Callable, job: bench.Job) -> Future:
-        done: Future = Future()
-        done.set_result(measure(job))
-        return done
+    def run(self, measure: Callable, job: Job) -> Any:
+        return self.measured(measure, job) if self.measured else measure(job)
 
 
 @pytest.mark.slow
@@ -68,16 +68,16 @@ def test_one_json_object_with_all_rows():
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_both_sides_have_the_same_weights_and_input(task: str, channels_last: bool):
     job = replace(TINY, task=task, size=16, channels_last=channels_last)
-    ours, _, seconds = bench._result(job)
-    theirs = bench._result(replace(job, peer=True))[0]
+    ours, _, seconds = sides.first(job)
+    theirs = sides.first(replace(job, peer=True))[0]
     assert ours.shape == theirs.shape == ((1, 4, 8, 8) if task == "encode" else (1, 3, 16, 16))
     assert abs(ours - theirs).max() < 1e-4 < ours.std() and seconds > 0
-    assert abs(bench._result(replace(job, precision="bfloat16"))[0] - ours).max() > 1e-4, "precision is ignored"
+    assert abs(sides.first(replace(job, precision="bfloat16"))[0] - ours).max() > 1e-4, "precision is ignored"
 
 
 def test_each_side_is_the_network_that_its_row_names():
-    assert type(bench._network(TINY)).__module__ == "ldm_edu.autoencoder.kl"
-    theirs = bench._network(replace(PEER, precision="bfloat16", channels_last=True))
+    assert type(first_stage._network(False, CONFIG)).__module__ == "ldm_edu.autoencoder.kl"
+    theirs = replace(PEER, precision="bfloat16", channels_last=True).placed(first_stage._network(True, CONFIG))
     assert type(theirs).__module__.startswith("diffusers.")
     weights = theirs.decoder.conv_in.weight
     assert weights.dtype == torch.bfloat16 and weights.is_contiguous(memory_format=torch.channels_last)
@@ -86,8 +86,8 @@ def test_each_side_is_the_network_that_its_row_names():
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps the peak of a process's memory")
 def test_the_peak_is_that_of_one_call(monkeypatch: pytest.MonkeyPatch):
     def peak(megabytes: int) -> float:
-        monkeypatch.setattr(bench, "_call", lambda job: lambda: torch.ones(megabytes * 2**18)[:1].clone())
-        return bench._result(TINY)[1]
+        monkeypatch.setattr(sides, "ready", lambda job: lambda: torch.ones(megabytes * 2**18)[:1].clone())
+        return sides.first(TINY)[1]
 
     small, large, again = peak(1), peak(400), peak(1)
     assert large - small == pytest.approx(399, abs=40) and abs(again - small) < 40
@@ -97,34 +97,35 @@ def test_turns_alternate_and_medians_are_compared():
     asked = []
     seconds = {False: iter([1.0, 9.0, 2.0]), True: iter([8.0, 3.0, 4.0])}
 
-    def measure(what: Callable, job: bench.Job) -> Any:
-        asked.append((what is bench._seconds, job.peer))
-        if what is bench._seconds:
+    def measure(what: Callable, job: Job) -> Any:
+        asked.append((what is sides.seconds, job.peer))
+        if what is sides.seconds:
             return next(seconds[job.peer])
         return np.array([1.0, 5.0 + job.peer]), 10.0 + job.peer, 0.5 * (1 + job.peer)
 
     other = replace(PEER, precision="bfloat16", channels_last=True)
-    row = bench._row("decode", TINY, other, 3, measure)
+    row = Here(measure).row("decode", TINY, 3, other)
     assert asked == [(False, False), (False, True)] + 3 * [(True, False), (True, True)]
     assert (row["ours_s"], row["peer_s"], row["ratio"], row["max_abs_diff"]) == (2, 4, 2, 1)
     assert (row["ours_peak_mb"], row["peer_peak_mb"]) == (10, 11)
     assert row["precision"] == "ours float32; peer bfloat16, channels last"
-    once = bench._row("decode", TINY, PEER, 0, measure)
+    once = Here(measure).row("decode", TINY, 0)
     assert (once["ours_s"], once["peer_s"], once["precision"]) == (0.5, 1.0, "float32")
 
 
 def test_best_is_each_sides_own_fastest(monkeypatch: pytest.MonkeyPatch):
     """In this world ours is fastest in bfloat16, channels last, and theirs in float32, channels first."""
-    monkeypatch.setattr(bench, "ProcessPoolExecutor", Here)
-    monkeypatch.setattr(bench, "has_fast_bfloat16", lambda device: True)
-    monkeypatch.setattr(bench, "_result", lambda job: (np.zeros(1), 1.0, float(job.size)))
+    monkeypatch.setattr(first_stage, "Sides", Here)
+    for module in (first_stage, sides):
+        monkeypatch.setattr(module, "has_fast_bfloat16", lambda device: True)
+    monkeypatch.setattr(sides, "first", lambda job: (np.zeros(1), 1.0, float(job.size)))
 
-    def seconds(job: bench.Job) -> float:
+    def seconds(job: Job) -> float:
         slow = (job.precision == "float32") + (not job.channels_last)
         return 3.0 - slow if job.peer else 1.0 + slow
 
-    monkeypatch.setattr(bench, "_seconds", seconds)
-    rows = bench.first_stage(size=8, runs=2, channels=32, large=True)
+    monkeypatch.setattr(sides, "seconds", seconds)
+    rows = first_stage.first_stage(size=8, runs=2, channels=32, large=True)
     assert [(row["name"], row["precision"]) for row in rows] == [
         ("encode", "float32"),
         ("decode", "float32"),
@@ -139,8 +140,9 @@ def test_best_is_each_sides_own_fastest(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_table_for_people(monkeypatch: pytest.MonkeyPatch):
-    row = dict(zip(KEYS, ["decode", "cpu", "float32", 0.5, "diffusers 9 AutoencoderKL", 0.75, 1.5, 2e-6, 812.4, None]))
-    monkeypatch.setattr(bench, "first_stage", lambda *options: [row])
+    values = ["decode", "cpu", "float32", 0.5, "diffusers 9 AutoencoderKL", 0.75, 1.5, 2e-6, 1.0, 812.4, None]
+    row = dict(zip(KEYS, values))
+    monkeypatch.setattr(first_stage, "first_stage", lambda *options: [row])
     result = run("bench", "first-stage")
     header, line, end = result.stdout.splitlines()
     assert header.split()[:2] == ["device", "precision"] and "diffusers 9 AutoencoderKL" in end
@@ -155,7 +157,11 @@ def test_without_diffusers_words(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["unet"], ["'unet'", "first-stage"]),
+        (["vae"], ["'vae'", "first-stage and unet"]),
+        (["unet", "--size", 64], ["--size", "--large"]),
+        (["unet", "--channels", 64], ["--channels", "--large"]),
+        (["unet", "--plot", "ratios.pdf"], ["ratios.pdf", "FILE.png"]),
+        (["unet", "--plot", "nowhere/ratios.png"], ["nowhere", "folder that exists"]),
         (["first-stage", "--size", 100], ["multiple of 8", "100"]),
         (["first-stage", "--size", 0], ["multiple of 8", "0"]),
         (["first-stage", "--channels", 48], ["multiple of 32", "48"]),
@@ -165,5 +171,5 @@ def test_without_diffusers_words(monkeypatch: pytest.MonkeyPatch):
     ],
 )
 def test_bench_refuses(monkeypatch: pytest.MonkeyPatch, arguments: list, words: list[str]):
-    monkeypatch.setattr(bench, "_rows", SimpleNamespace)  # which would start the processes
+    monkeypatch.setattr(first_stage, "_rows", SimpleNamespace)  # which would start the processes
     refused(run("bench", *arguments), *words)

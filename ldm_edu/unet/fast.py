@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,12 @@ def keys_and_values(unet: UNet, context: Tensor) -> dict[Attention, KeyValue]:
     """What the cross-attentions make of a context `(B, M, d)`; the UNet takes it in the context's place."""
     blocks = (module for module in unet.modules() if isinstance(module, TransformerBlock))
     return {block.cross_attention: block.cross_attention.project(context) for block in blocks}
+
+
+def compile_options(device: torch.device) -> dict[str, Any]:
+    """For `torch.compile`, of a network whose weights stay as they are."""
+    how = {"options": {"freezing": True}} if device.type == "cpu" else {"mode": "reduce-overhead"}
+    return {"dynamic": False, **how}
 
 
 class Denoiser:
@@ -34,10 +41,11 @@ class Denoiser:
     def __init__(self, unet: UNet, compiled: bool = False, dtype: torch.dtype = torch.float32) -> None:
         self.unet, self._network, self._context = unet, unet, None
         if compiled:
+            device = next(unet.parameters()).device
             self.unet = copy.deepcopy(unet).eval().requires_grad_(False).to(dtype)
-            on_cpu = next(unet.parameters()).device.type == "cpu"
-            how = {"options": {"freezing": True}} if on_cpu else {"mode": "reduce-overhead"}
-            self._network = torch.compile(self.unet, dynamic=False, **how)
+            if device.type == "cuda":
+                self.unet = self.unet.to(memory_format=torch.channels_last)
+            self._network = torch.compile(self.unet, **compile_options(device))
         self._versions = versions(unet)
 
     def is_of(self, unet: UNet) -> bool:

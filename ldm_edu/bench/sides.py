@@ -1,0 +1,227 @@
+"""The two sides of a bench: each works alone in a process of its own, turn by turn.
+
+Times are medians of alternating runs (ours, theirs, ours, theirs, ...) after a warm-up; `ratio` is their time by ours,
+so above 1 we are faster. Nothing else should be running.
+
+Memory is all that a side needs, its weights included: on a CUDA GPU the most that torch had allocated during a call,
+on a CPU the most that the process had in memory. The system keeps that mark (VmHWM), and it is set back before the
+call; both processes have imported both libraries. Only Linux has it: elsewhere the peak is None.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm_edu.runtime import UserError, has_fast_bfloat16
+
+PROCESS = Path("/proc/self")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One side of a row: whose network, what it does, and how. A subclass says what the call is.
+
+    Args:
+        task: what is timed.
+        compiled: run by torch.compile, both sides with the same options (`unet.fast.compile_options`).
+    """
+
+    peer: bool
+    device: str
+    task: str
+    precision: str = "float32"
+    channels_last: bool = False
+    compiled: bool = False
+
+    @property
+    def setting(self) -> str:
+        """Precision, and what else is not as usual."""
+        return self.precision + ", channels last" * self.channels_last + ", compiled" * self.compiled
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision, as torch names it."""
+        return getattr(torch, self.precision)
+
+    def placed(self, thing: Any) -> Any:
+        """A network or its input, as the job wants it."""
+        order = torch.channels_last if self.channels_last else torch.contiguous_format
+        return thing.to(self.device, self.dtype, memory_format=order)
+
+    def call(self) -> Callable[[], Tensor]:
+        """The job, ready to run. Weights and input depend on the configuration and the size alone."""
+        raise NotImplementedError
+
+    def peer_name(self) -> str:
+        """The other library's class and version."""
+        raise NotImplementedError
+
+    def ways(self, compiler: bool = False) -> Iterable[Job]:
+        """Every precision and memory order; with a compiler, each precision compiled, too, in the usual order."""
+        device = torch.device(self.device)
+        precisions = ["float32"] + ["bfloat16"] * has_fast_bfloat16(device)
+        for precision, last in product(precisions, (False, True)):
+            yield replace(self, precision=precision, channels_last=last)
+        for precision in precisions * compiler:
+            yield replace(self, precision=precision, channels_last=device.type == "cuda", compiled=True)
+
+
+class Sides:
+    """`with Sides() as sides:` the two processes."""
+
+    def __enter__(self) -> Sides:
+        alone = get_context("spawn")
+        self.ours, self.theirs = ProcessPoolExecutor(1, alone), ProcessPoolExecutor(1, alone)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ours.shutdown(cancel_futures=True)
+        self.theirs.shutdown(cancel_futures=True)
+
+    def run(self, measure: Callable[[Job], Any], job: Job) -> Any:
+        """A measurement in the process of the job's side."""
+        return (self.theirs if job.peer else self.ours).submit(measure, job).result()
+
+    def fastest(self, job: Job, compiler: bool = False) -> Job:
+        """The way that was the fastest of three calls, after one that is not counted. A compiler can fail."""
+
+        def trial(way: Job) -> float:
+            try:
+                return min([self.run(seconds, way) for _ in range(4)][1:])
+            except Exception:
+                if not way.compiled:
+                    raise
+                return math.inf
+
+        return min(job.ways(compiler), key=trial)
+
+    def row(self, name: str, ours: Job, runs: int, theirs: Job | None = None) -> Row:
+        """Measure one row; with no runs, the time is that of the warm-up.
+
+        Args:
+            theirs: the peer's job, where it is not the same as ours.
+
+        Returns:
+            "name", "device", "precision", "ours_s", "peer", "peer_s", "ratio", "max_abs_diff" (between the two
+            results), "scale" (the largest value of the peer's), "ours_peak_mb" and "peer_peak_mb" (of 2²⁰ bytes).
+        """
+        jobs = ours, theirs or replace(ours, peer=True)
+        results, peaks, times = zip(*(self.run(first, job) for job in jobs))
+        if runs:
+            turns = [[self.run(seconds, job) for job in jobs] for _ in range(runs)]
+            times = tuple(median(side) for side in zip(*turns))
+        same = jobs[0].setting == jobs[1].setting
+        return {
+            "name": name,
+            "device": ours.device,
+            "precision": ours.setting if same else f"ours {ours.setting}; peer {jobs[1].setting}",
+            "ours_s": times[0],
+            "peer": ours.peer_name(),
+            "peer_s": times[1],
+            "ratio": times[1] / times[0],
+            "max_abs_diff": float(np.abs(results[0] - results[1]).max()),
+            "scale": float(np.abs(results[1]).max()),
+            "ours_peak_mb": peaks[0],
+            "peer_peak_mb": peaks[1],
+        }
+
+
+def table(rows: list[Row]) -> str:
+    """Rows as lines for people."""
+    width = max(len(row["precision"]) for row in rows)
+    line = f"{{:<22}} {{:<6}} {{:<{width}}} {{:>9}} {{:>9}} {{:>6}} {{:>9}} {{:>8}} {{:>8}}".format
+    lines = [line("", "device", "precision", "ours s", "peer s", "ratio", "max diff", "ours MB", "peer MB")]
+    for row in rows:
+        peaks = ("?" if row[side] is None else f"{row[side]:.0f}" for side in ("ours_peak_mb", "peer_peak_mb"))
+        times = f"{row['ours_s']:.4f}", f"{row['peer_s']:.4f}", f"{row['ratio']:.3f}", f"{row['max_abs_diff']:.1e}"
+        lines.append(line(row["name"], row["device"], row["precision"], *times, *peaks))
+    peers = " and ".join(dict.fromkeys(row["peer"] for row in rows))
+    return "\n".join([*lines, f"The peer is {peers}. A ratio above 1: ours is faster."])
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """The ratios as bars, in a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1 + 0.35 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    labels = [f"{row['name']} ({row['device']}: {row['precision']})" for row in rows]
+    bars = axes.barh(range(len(rows)), [row["ratio"] for row in rows], color="tab:blue")
+    axes.bar_label(bars, fmt="%.2f", padding=3)
+    axes.set(yticks=range(len(rows)), yticklabels=labels)
+    axes.set(xlabel="times as fast as diffusers", title="Speed with the same weights")
+    axes.axvline(1, color="black", linewidth=1)
+    axes.invert_yaxis()
+    figure.savefig(path, dpi=120, format="png")
+
+
+def diffusers() -> ModuleType:
+    """The other library.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import diffusers
+    except ImportError as error:
+        raise UserError(
+            f"The bench needs diffusers to compare with ({error}). Install it:  pip install -e .[test]"
+        ) from error
+    diffusers.utils.logging.set_verbosity_error()  # it warns of every .to(dtype)
+    return diffusers
+
+
+# What follows runs in the processes of the two sides.
+
+
+def first(job: Job) -> tuple[np.ndarray, float | None, float]:
+    """What a first call gives, its peak of memory in MB, and the seconds it took."""
+    call, cuda, linux = ready(job), job.device.startswith("cuda"), (PROCESS / "clear_refs").exists()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    elif linux:
+        (PROCESS / "clear_refs").write_text("5")  # sets the peak back to what is in memory now
+    took, result = _timed(call, job.device)
+    peak = None
+    if cuda:
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    elif linux:
+        status = dict(line.split(":", 1) for line in (PROCESS / "status").read_text().splitlines())
+        peak = int(status["VmHWM"].split()[0]) / 2**10
+    return result.float().cpu().numpy(), peak, took
+
+
+def seconds(job: Job) -> float:
+    """Of one call."""
+    return _timed(ready(job), job.device)[0]
+
+
+@lru_cache(maxsize=1)
+def ready(job: Job) -> Callable[[], Tensor]:
+    """The job's call, kept for the next time."""
+    return job.call()
+
+
+def _timed(call: Callable[[], Tensor], device: str) -> tuple[float, Tensor]:
+    wait = (lambda: None) if device == "cpu" else torch.accelerator.synchronize
+    wait()
+    start = perf_counter()
+    result = call()
+    wait()
+    return perf_counter() - start, result

@@ -1,0 +1,203 @@
+"""Our UNet against diffusers' `UNet2DConditionModel`: one call, a training step, a whole sampling loop."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm_edu.bench.sides import Job, Row, Sides, diffusers
+from ldm_edu.diffusion import Schedule, guided, spaced_timesteps
+from ldm_edu.diffusion.samplers import ddim
+from ldm_edu.interop import schedule_to_diffusers, unet_to_diffusers
+from ldm_edu.runtime import has_fast_bfloat16, pick_device, progress
+from ldm_edu.training.fit import update_ema
+from ldm_edu.training.recipes import shapes_text
+from ldm_edu.unet import UNet, UNetConfig
+from ldm_edu.unet.fast import Denoiser, compile_options
+
+TASKS = ("forward", "training step", "sampling")
+STEPS, GUIDANCE, BATCH, TRAINING_BATCH = 25, 3.0, 4, 64
+
+
+@dataclass(frozen=True)
+class UNetJob(Job):
+    """One task with a UNet; its latents have `size` places a side, its context `tokens` of them.
+
+    forward: one call, of twice `batch` latents, as guidance makes it. training step: forward, backward, clipping,
+    AdamW and the averaged weights, for `training_batch` latents. sampling: 25 steps of DDIM with guidance 3.
+    """
+
+    config: UNetConfig = field(default_factory=UNetConfig)
+    size: int = 16
+    tokens: int = 32
+    batch: int = BATCH
+    training_batch: int = TRAINING_BATCH
+
+    def call(self) -> Callable[[], Tensor]:
+        """The task, on random weights and inputs."""
+        return {"forward": self._forward, "training step": self._training, "sampling": self._sampling}[self.task]()
+
+    def peer_name(self) -> str:
+        """With its version."""
+        return f"diffusers {diffusers().__version__} UNet2DConditionModel"
+
+    def _drawn(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        shape = (count, self.config.in_channels, self.size, self.size)
+        z, t = torch.randn(shape, generator=generator), torch.randint(1000, (count,), generator=generator)
+        context = torch.randn(count, self.tokens, self.config.context_channels, generator=generator)
+        return z.to(self.device), t.to(self.device), context.to(self.device)
+
+    def _network(self) -> nn.Module:
+        torch.manual_seed(0)
+        network: nn.Module = UNet(self.config)
+        with torch.no_grad():
+            for p in network.parameters():  # a new UNet predicts zero
+                p.add_(torch.randn_like(p), alpha=0.02)
+        if self.peer:
+            settings, tensors = unet_to_diffusers(network)
+            with torch.device("meta"):
+                network = diffusers().UNet2DConditionModel.from_config(settings)
+            network.load_state_dict(tensors, assign=True)
+        return network.eval()
+
+    def _predict(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """The network for calls without gradients: `(z, t, context) -> prediction`, all as the job's dtype."""
+        network = self.placed(self._network())
+        if not self.peer:
+            denoiser = Denoiser(network, self.compiled, self.dtype)
+            return _insisting(denoiser) if self.compiled else denoiser
+        if self.compiled:
+            network = torch.compile(network, **compile_options(torch.device(self.device)))
+        return lambda z, t, context: network(z, t, encoder_hidden_states=context).sample.clone()
+
+    def _forward(self) -> Callable[[], Tensor]:
+        predict, (z, t, context) = self._predict(), self._drawn(2 * self.batch)
+        z, context = self.placed(z), context.to(self.dtype)
+        return torch.no_grad()(lambda: predict(z, t, context))
+
+    def _sampling(self) -> Callable[[], Tensor]:
+        predict, (noise, _, context) = self._predict(), self._drawn(self.batch)
+        schedule, null, context = Schedule(), torch.zeros_like(context).to(self.dtype), context.to(self.dtype)
+        if not self.peer:
+            timesteps = spaced_timesteps(schedule.T, STEPS)
+
+            def ours() -> Tensor:
+                denoiser = guided(predict, context, null, GUIDANCE)
+                *_, last = ddim(denoiser, noise, schedule.alphas_cumprod, timesteps, "v")
+                return last.z
+
+            return torch.no_grad()(ours)
+        scheduler = diffusers().DDIMScheduler(
+            **schedule_to_diffusers(schedule, "v"), timestep_spacing="trailing", clip_sample=False
+        )
+        scheduler.set_timesteps(STEPS, device=self.device)
+        both = torch.cat([null, context])
+
+        def theirs() -> Tensor:  # as in diffusers' pipelines
+            z = self.placed(noise)
+            for t in scheduler.timesteps:
+                without, with_condition = predict(torch.cat([z, z]), t, both).chunk(2)
+                z = scheduler.step(without + GUIDANCE * (with_condition - without), t, z).prev_sample
+            return z
+
+        return torch.no_grad()(theirs)
+
+    def _training(self) -> Callable[[], Tensor]:
+        """Mixed precision: the weights stay in float32. Gives the loss and a gradient."""
+        network = replace(self, precision="float32").placed(self._network()).train()
+        z, t, context = self._drawn(self.training_batch)
+        z = replace(self, precision="float32").placed(z)
+        weights = list(network.parameters())
+        optimizer = torch.optim.AdamW(weights, 1e-4, fused=True)
+        if self.peer:
+            from diffusers.training_utils import EMAModel
+
+            average = EMAModel(weights, decay=0.999)
+        else:
+            ema = [w.detach().clone() for w in weights]
+
+        def step() -> Tensor:
+            with torch.autocast(self.device.split(":")[0], self.dtype, enabled=self.precision != "float32"):
+                answer = network(z, t, encoder_hidden_states=context).sample if self.peer else network(z, t, context)
+            loss = F.mse_loss(answer.float(), z)
+            loss.backward()
+            gradient = network.conv_in.weight.grad.flatten().clone()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if self.peer:
+                average.step(weights)
+            else:
+                update_ema(ema, weights, 0.999, step=1000)
+            return torch.cat([loss.detach()[None], gradient])
+
+        return step
+
+
+def unet(runs: int = 10, large: bool = False) -> list[Row]:
+    """At the size of shapes-text, each task at equal precision and best against best.
+
+    On the CPU, and on a GPU if there is one. Best: each side in the precision and memory order, compiled or not, that
+    were its fastest in a short trial; a training step is never compiled.
+
+    Args:
+        runs: of each side, for each row.
+        large: at Stable Diffusion 1's size too; without a GPU one call, once.
+
+    Returns:
+        rows of `Sides.row`.
+
+    Raises:
+        UserError: no diffusers here.
+    """
+    diffusers()
+    rows = []
+    for device in dict.fromkeys(["cpu", str(pick_device())]):
+        jobs = [UNetJob(False, device, "forward", config=shapes_text.MODEL)]
+        if large:
+            jobs.append(UNetJob(False, device, "forward", size=64, tokens=77, training_batch=4))
+        planned = [plan for job in jobs for plan in _plans(job)]
+        with Sides() as sides:
+            made = (_measured(sides, *plan, runs) for plan in planned)
+            rows += progress(made, total=len(planned), desc=f"bench on {device}")
+    return rows
+
+
+def _insisting(denoiser: Denoiser) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Does not go on without the compiler: the row would have a wrong name."""
+
+    def predict(z: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Sampling without the compiler")
+            return denoiser(z, t, context)
+
+    return predict
+
+
+def _plans(job: UNetJob) -> Iterator[tuple[str, UNetJob]]:
+    """A row's name and job; "best" in it asks for the fastest way of each side."""
+    large, cpu = job.size > 16, job.device == "cpu"
+    precisions = ["float32"] + ["bfloat16"] * has_fast_bfloat16(torch.device(job.device))
+    if large and cpu:
+        yield "forward, SD 1", replace(job, batch=1)
+        return
+    for task in TASKS:
+        for precision in precisions:
+            yield task + ", SD 1" * large, replace(job, task=task, precision=precision)
+        if task != "training step":
+            yield task + ", SD 1" * large + ", best, not compiled", replace(job, task=task)
+        yield task + ", SD 1" * large + ", best", replace(job, task=task)
+
+
+def _measured(sides: Sides, name: str, job: UNetJob, runs: int) -> Row:
+    if "best" not in name:
+        return sides.row(name, job, 0 if name == "forward, SD 1" and job.device == "cpu" else runs)
+    compiler = name.endswith("best") and job.task != "training step"
+    ours, theirs = (sides.fastest(replace(job, peer=peer), compiler) for peer in (False, True))
+    return sides.row(name, ours, runs, theirs)

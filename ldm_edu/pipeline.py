@@ -101,7 +101,7 @@ class LatentDiffusion(nn.Module):
             sampler: "ddim" (with `eta` from 0, deterministic, to 1), "ddpm", "plms" or "dpm-solver"; see `diffusion`.
             precision: "float32", "bfloat16", or "auto": bfloat16 on a GPU that has it, else float32.
             compiled: sample with a compiled UNet, for many pictures: the first batch of each size waits for the
-                compiler, up to a minute or two. Where it fails, a warning says why, and it goes on without.
+                compiler, a minute or several. Where it fails, a warning says why, and it goes on without.
 
         Raises:
             UserError: unknown words, a number out of range, or seeds that do not match the prompts.

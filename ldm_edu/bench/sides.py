@@ -39,7 +39,7 @@ class Job:
 
     Args:
         task: what is timed.
-        compiled: run by torch.compile, both sides with the same options (`unet.fast.compile_options`).
+        compiler: "" for none, "default" for torch.compile as it is, "ours" for `unet.fast.compiled`.
     """
 
     peer: bool
@@ -47,12 +47,13 @@ class Job:
     task: str
     precision: str = "float32"
     channels_last: bool = False
-    compiled: bool = False
+    compiler: str = ""
 
     @property
     def setting(self) -> str:
         """Precision, and what else is not as usual."""
-        return self.precision + ", channels last" * self.channels_last + ", compiled" * self.compiled
+        how = {"": "", "default": ", torch.compile", "ours": ", compiled our way"}[self.compiler]
+        return self.precision + ", channels last" * self.channels_last + how
 
     @property
     def dtype(self) -> torch.dtype:
@@ -72,14 +73,14 @@ class Job:
         """The other library's class and version."""
         raise NotImplementedError
 
-    def ways(self, compiler: bool = False) -> Iterable[Job]:
-        """Every precision and memory order; with a compiler, each precision compiled, too, in the usual order."""
+    def ways(self, compiler: str = "") -> Iterable[Job]:
+        """Every precision and memory order; with a compiler, each precision compiled, too."""
         device = torch.device(self.device)
         precisions = ["float32"] + ["bfloat16"] * has_fast_bfloat16(device)
         for precision, last in product(precisions, (False, True)):
             yield replace(self, precision=precision, channels_last=last)
-        for precision in precisions * compiler:
-            yield replace(self, precision=precision, channels_last=device.type == "cuda", compiled=True)
+        for precision in precisions if compiler else ():
+            yield replace(self, precision=precision, channels_last=device.type == "cuda", compiler=compiler)
 
 
 class Sides:
@@ -98,14 +99,14 @@ class Sides:
         """A measurement in the process of the job's side."""
         return (self.theirs if job.peer else self.ours).submit(measure, job).result()
 
-    def fastest(self, job: Job, compiler: bool = False) -> Job:
+    def fastest(self, job: Job, compiler: str = "") -> Job:
         """The way that was the fastest of three calls, after one that is not counted. A compiler can fail."""
 
         def trial(way: Job) -> float:
             try:
                 return min([self.run(seconds, way) for _ in range(4)][1:])
             except Exception:
-                if not way.compiled:
+                if not way.compiler:
                     raise
                 return math.inf
 

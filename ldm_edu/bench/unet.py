@@ -18,7 +18,7 @@ from ldm_edu.runtime import has_fast_bfloat16, pick_device, progress
 from ldm_edu.training.fit import update_ema
 from ldm_edu.training.recipes import shapes_text
 from ldm_edu.unet import UNet, UNetConfig
-from ldm_edu.unet.fast import Denoiser, compile_options
+from ldm_edu.unet.fast import Denoiser, compiled
 
 TASKS = ("forward", "training step", "sampling")
 STEPS, GUIDANCE, BATCH, TRAINING_BATCH = 25, 3.0, 4, 64
@@ -70,10 +70,10 @@ class UNetJob(Job):
         """The network for calls without gradients: `(z, t, context) -> prediction`, all as the job's dtype."""
         network = self.placed(self._network())
         if not self.peer:
-            denoiser = Denoiser(network, self.compiled, self.dtype)
-            return _insisting(denoiser) if self.compiled else denoiser
-        if self.compiled:
-            network = torch.compile(network, **compile_options(torch.device(self.device)))
+            denoiser = Denoiser(network, bool(self.compiler), self.dtype)
+            return _insisting(denoiser) if self.compiler else denoiser
+        if self.compiler:
+            network = compiled(network) if self.compiler == "ours" else torch.compile(network)
         return lambda z, t, context: network(z, t, encoder_hidden_states=context).sample.clone()
 
     def _forward(self) -> Callable[[], Tensor]:
@@ -143,8 +143,9 @@ class UNetJob(Job):
 def unet(runs: int = 10, large: bool = False) -> list[Row]:
     """At the size of shapes-text, each task at equal precision and best against best.
 
-    On the CPU, and on a GPU if there is one. Best: each side in the precision and memory order, compiled or not, that
-    were its fastest in a short trial; a training step is never compiled.
+    On the CPU, and on a GPU if there is one. Best: each side in the precision and memory order that were its fastest
+    in a short trial, compiled or not: ours as `Denoiser` does it, diffusers' by torch.compile as it is. A training step
+    is never compiled.
 
     Args:
         runs: of each side, for each row.
@@ -192,12 +193,14 @@ def _plans(job: UNetJob) -> Iterator[tuple[str, UNetJob]]:
             yield task + ", SD 1" * large, replace(job, task=task, precision=precision)
         if task != "training step":
             yield task + ", SD 1" * large + ", best, not compiled", replace(job, task=task)
+            same = replace(job, task=task, precision=precisions[-1], channels_last=not cpu, compiler="ours")
+            yield task + ", SD 1" * large, same
         yield task + ", SD 1" * large + ", best", replace(job, task=task)
 
 
 def _measured(sides: Sides, name: str, job: UNetJob, runs: int) -> Row:
     if "best" not in name:
         return sides.row(name, job, 0 if name == "forward, SD 1" and job.device == "cpu" else runs)
-    compiler = name.endswith("best") and job.task != "training step"
-    ours, theirs = (sides.fastest(replace(job, peer=peer), compiler) for peer in (False, True))
+    compilers = ("ours", "default") if name.endswith("best") and job.task != "training step" else ("", "")
+    ours, theirs = (sides.fastest(replace(job, peer=peer), compilers[peer]) for peer in (False, True))
     return sides.row(name, ours, runs, theirs)

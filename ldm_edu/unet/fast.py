@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm_edu.layers.attention import Attention, KeyValue
 from ldm_edu.unet.transformer import TransformerBlock
@@ -20,32 +21,48 @@ def keys_and_values(unet: UNet, context: Tensor) -> dict[Attention, KeyValue]:
     return {block.cross_attention: block.cross_attention.project(context) for block in blocks}
 
 
-def compile_options(device: torch.device) -> dict[str, Any]:
-    """For `torch.compile`, of a network whose weights stay as they are."""
-    how = {"options": {"freezing": True}} if device.type == "cpu" else {"mode": "reduce-overhead"}
-    return {"dynamic": False, **how}
+def compiled(network: nn.Module) -> Callable[..., Any]:
+    """The network by torch.compile, for weights that will not change any more.
+
+    On a CPU they become constants of the program, laid out for its matrix units, and the fastest kernel for each matrix
+    product is looked for. On a GPU the kernels of a call are recorded in a CUDA graph. Calls are made without checking
+    that the modules are still the same.
+    """
+    guards = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    if next(network.parameters()).device.type != "cpu":
+        return torch.compile(network, dynamic=False, options={"triton.cudagraphs": True, **guards})
+    from torch._inductor import config as inductor  # takes seconds to import
+
+    program = torch.compile(network, dynamic=False, options=guards)
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        # Settings of the compiler that it reads outside the reach of `options`, too. The last two keep it quiet.
+        with inductor.patch(
+            freezing=True, max_autotune=True,
+            autotune_num_choices_displayed=0, max_autotune_report_choices_stats=False,
+        ):  # fmt: skip
+            return program(*arguments, **named)
+
+    return call
 
 
 class Denoiser:
     """`(z, t, context) -> prediction` for the many calls of a sampling loop, without gradients.
 
-    As long as it gets the same context, its K and V are computed once. Compiled, it works on a copy of the weights:
-    on a CPU they become constants of the compiled program, reordered for its matrix units; on a GPU the kernels of a
-    call are recorded in CUDA graphs. The first call with a new shape then takes up to a minute or two. Where the
-    compiler fails, a warning says why, and the calls run as they would have without it.
+    As long as it gets the same context, its K and V are computed once. Compiled (see `compiled`), it works on a copy of
+    the weights, and the first call with a new shape takes a minute or several. Where the compiler fails, a warning says
+    why, and the calls run as they would have without it.
 
     Args:
         dtype: of the compiled network's weights and activations.
     """
 
-    def __init__(self, unet: UNet, compiled: bool = False, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, unet: UNet, compile: bool = False, dtype: torch.dtype = torch.float32) -> None:
         self.unet, self._network, self._context = unet, unet, None
-        if compiled:
-            device = next(unet.parameters()).device
-            self.unet = copy.deepcopy(unet).eval().requires_grad_(False).to(dtype)
-            if device.type == "cuda":
-                self.unet = self.unet.to(memory_format=torch.channels_last)
-            self._network = torch.compile(self.unet, **compile_options(device))
+        if compile:
+            self.unet, self._network = copy.deepcopy(unet).eval().requires_grad_(False).to(dtype), None
+            if next(unet.parameters()).device.type == "cuda":
+                self.unet.to(memory_format=torch.channels_last)
         self._versions = versions(unet)
 
     def is_of(self, unet: UNet) -> bool:
@@ -60,6 +77,7 @@ class Denoiser:
             self._context, self._kept = context, keys_and_values(self.unet, context.to(dtype))
         kept = None if context is None else self._kept
         try:
+            self._network = self._network or compiled(self.unet)
             output = self._network(z.to(dtype), t, kept)
         except Exception as error:
             if self._network is self.unet:

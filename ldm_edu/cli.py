@@ -206,7 +206,7 @@ def train(
 def evaluate(
     names: Annotated[
         list[str],
-        typer.Argument(metavar="CHECKPOINT...", help="Names or folders; sweep: all of it; shapes: ShapeScenes."),
+        typer.Argument(metavar="CHECKPOINT...", help="Names or folders; sweep, shapes, attention: see below."),
     ],
     data: Annotated[
         Path | None, typer.Option(help="A folder of pictures, for first stages; several have a default.")
@@ -218,18 +218,20 @@ def evaluate(
     """Measure a checkpoint: a text model's faithfulness to captions, or a first stage's reconstructions.
 
     Faithfulness is the share of pictures with every object, colour, shape, size and relation as asked.
-    Several first stages are compared in one table; without --data on the held-out photographs of Caltech-101.
+    Several first stages (`sweep`: the committed ones) are compared in one table; without --data on the held-out
+    photographs of Caltech-101. `shapes` measures ShapeScenes, `attention` where the words of shapes-text look.
     """
     _at_least(1, "--captions", captions)
     _at_least(0, "--seed", seed)
 
     from ldm_edu import checkpoint as checkpoints
 
-    if names == ["shapes"]:
-        from ldm_edu.evaluation.scenes import measure_scenes
+    if names in (["shapes"], ["attention"]):
+        from ldm_edu.evaluation import attention, scenes
 
-        scenes = measure_scenes()
-        typer.echo(json.dumps(scenes) if as_json else "\n".join(f"{k:>20} {v}" for k, v in scenes.items()))
+        shapes = names == ["shapes"]
+        found = scenes.measure_scenes() if shapes else attention.measure_attention(captions=captions, seed=seed)
+        typer.echo(json.dumps(found) if as_json else "\n".join(f"{k:>20} {v}" for k, v in found.items()))
         return
     names = [n for name in names for n in (checkpoints.names("sweep-") if name == "sweep" else [name])]
     kinds = {name: checkpoints.read(checkpoints.find(name))[0].get("kind") for name in names}

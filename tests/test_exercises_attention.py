@@ -9,10 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from ldm_edu.exercises import ExerciseError
-from ldm_edu.exercises.attention import check_attention, check_timestep_embedding, check_zero_output
+from ldm_edu.exercises.attention import (
+    check_attention,
+    check_geglu,
+    check_timestep_embedding,
+    check_word_overlap,
+    check_zero_output,
+)
 
 CHECKS = {
-    check_timestep_embedding: "timestep embedding", check_zero_output: "zero output", check_attention: "attention"
+    check_timestep_embedding: "timestep embedding", check_zero_output: "zero output", check_attention: "attention",
+    check_geglu: "geglu", check_word_overlap: "word overlap",
 }  # fmt: skip
 
 
@@ -75,9 +82,26 @@ def over_heads(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     return ((q @ k.mT / math.sqrt(q.shape[3])).softmax(1) @ v).transpose(1, 2).flatten(2)
 
 
+def geglu(h: Tensor) -> Tensor:
+    half = h.shape[2] // 2
+    gate = h[:, :, half:]
+    return h[:, :, :half] * gate * 0.5 * (1 + torch.erf(gate / math.sqrt(2)))
+
+
+def word_overlap(probabilities: Tensor, token: int, box: Tensor) -> Tensor:
+    """As a density: how much of the word a place in the box gets, over how much any place gets."""
+    of_word = probabilities.sum(0)[:, token]
+    return of_word @ box / box.sum() * len(box) / of_word.sum()
+
+
+def on_map(rule: Callable) -> Callable:
+    return lambda p, token, box: rule(p.mean(0)[:, token], box)
+
+
 @pytest.mark.parametrize(
     "check, answer",
     [
+        (check_geglu, geglu), (check_word_overlap, word_overlap),
         (check_timestep_embedding, embedding), (check_zero_output, last), (check_attention, attention),
         (check_attention, lambda q, k, v, h: all_heads(q, k, v, h).transpose(1, 2).flatten(2)),
     ],
@@ -123,9 +147,33 @@ ATTENTION = {
     "v does not get the gradient": lambda q, k, v, h: attention(q, k, v.detach(), h),
     r"shape \(2, 2, 5, 4\); it should be \(2, 5, 8\)": all_heads,
 }
+GEGLU = {
+    "value comes first": lambda h: geglu(h.flip(2)).flip(2),
+    "every other channel": lambda h: geglu(h.unflatten(2, (-1, 2)).transpose(2, 3).flatten(2)),
+    "a sigmoid": lambda h: h[..., : h.shape[2] // 2] / (1 + torch.exp(-h[..., h.shape[2] // 2 :])),
+    "a ReLU": lambda h: h[..., : h.shape[2] // 2] * h[..., h.shape[2] // 2 :].clamp(min=0),
+    "a swish": lambda h: h.chunk(2, 2)[0] * nn.functional.silu(h.chunk(2, 2)[1]),
+    "by tanh": lambda h: h.chunk(2, 2)[0] * nn.GELU("tanh")(h.chunk(2, 2)[1]),
+    "only the gate": lambda h: nn.functional.gelu(h).chunk(2, 2)[0] * nn.functional.gelu(h).chunk(2, 2)[1],
+    "as they are": lambda h: h.chunk(2, 2)[0] * h.chunk(2, 2)[1],
+    "not added": lambda h: h.chunk(2, 2)[0] + nn.functional.gelu(h.chunk(2, 2)[1]),
+    "value is missing": lambda h: nn.functional.gelu(h.chunk(2, 2)[1]),
+    r"shape \(2, 3, 8\); it should be \(2, 3, 4\)": nn.functional.gelu,
+}
+OVERLAP = {
+    "heads' maps first": lambda p, token, box: sum(word_overlap(h[None], token, box) for h in p) / len(p),
+    "the share alone": on_map(lambda w, box: w @ box / w.sum()),
+    "not over the places": on_map(lambda w, box: w @ box / box.mean()),
+    "the number of places": on_map(lambda w, box: w @ box / box.sum()),
+    "no softmax over": on_map(lambda w, box: w.softmax(0) @ box / box.mean()),
+    "not by the largest": on_map(lambda w, box: (w / w.max()) @ box / box.mean()),
+    "inside with outside": on_map(lambda w, box: w @ box / box.sum() / (w @ (1 - box)) * (1 - box).sum()),
+    "counts half": on_map(lambda w, box: w[box > 0].sum() / w.sum() / (box > 0).float().mean()),
+    "not a tensor": lambda *a: word_overlap(*a).item(),
+}
 WRONG = [
     (check, words, answer)
-    for check, table in zip(CHECKS, (EMBEDDING, ZERO, ATTENTION), strict=True)
+    for check, table in zip(CHECKS, (EMBEDDING, ZERO, ATTENTION, GEGLU, OVERLAP), strict=True)
     for words, answer in table.items()
 ]
 

@@ -1,10 +1,12 @@
-"""The exercises of notebooks 04 and 05: the timestep's embedding, a block that starts as nothing, attention by hand."""
+"""The exercises of notebooks 04 and 05: the timestep's embedding, a block that starts as nothing; attention by hand,
+GEGLU, and where a word looks."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -118,3 +120,72 @@ def check_attention(answer: Answer) -> None:
     draw = torch.Generator().manual_seed(0)
     q, k, v = (2 * torch.randn(2, n, 8, generator=draw) for n in (5, 3, 3))
     grade("attention", answer, right, [(q, k, v, 2), (q, k, v, 4), (q, k, v, 1)], mistakes)
+
+
+def check_geglu(answer: Answer) -> None:
+    """Check `answer(h)`: value times gelu of gate, from `h` (B, N, 2 C), which holds the value first: (B, N, C)."""
+
+    def variant(turn: Answer = F.gelu, first: bool = False, other: Answer = lambda x: x) -> Answer:
+        def run(h: Tensor) -> Tensor:
+            value, gate = reversed(h.chunk(2, dim=-1)) if first else h.chunk(2, dim=-1)
+            return other(value) * turn(gate)
+
+        return run
+
+    def taking_turns(h: Tensor) -> Tensor:
+        return h[..., ::2] * F.gelu(h[..., 1::2])
+
+    mistakes: list[Mistake] = [
+        ("your gate is the first half; here the value comes first and the gate second.", variant(first=True)),
+        ("value and gate lie one after the other, C channels each; you take every other channel.", taking_turns),
+        ("a GLU's gate is a sigmoid; GEGLU's is a GELU.", variant(torch.sigmoid)),
+        ("your gate is a ReLU; GEGLU's is a GELU.", variant(F.relu)),
+        ("your gate is a swish, x · sigmoid(x); GEGLU's is a GELU.", variant(F.silu)),
+        ("that is the GELU by tanh, close but not equal; the released code uses the exact one.",
+         variant(lambda x: F.gelu(x, approximate="tanh"))),
+        ("only the gate goes through the GELU; the value stays as it is.", variant(other=F.gelu)),
+        ("the gate must go through a GELU; you multiply the halves as they are.", variant(lambda x: x)),
+        ("value and gate are multiplied, not added.", lambda h: h.chunk(2, -1)[0] + F.gelu(h.chunk(2, -1)[1])),
+        ("the value is missing: GEGLU multiplies it by the gelu of the gate.", lambda h: F.gelu(h.chunk(2, -1)[1])),
+    ]  # fmt: skip
+    h = 2 * torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    grade("geglu", answer, variant(), [(h,), (h[..., :4],)], mistakes)
+
+
+def check_word_overlap(answer: Answer) -> None:
+    """Check `answer(probabilities, token, box)`: the share of a word's attention in a box over the box's own share.
+
+    `probabilities` (heads, N, M) sum to 1 over the M words, `token` is the word's place, `box` (N,) how much of each
+    place the box covers, 0 to 1. The heads are averaged first. The answer is a tensor with one number.
+    """
+
+    def ratio(weights: Tensor, box: Tensor) -> Tensor:
+        return (weights * box).sum(-1) / weights.sum(-1) / box.mean()
+
+    def of_word(rule: Answer) -> Answer:
+        return lambda probabilities, token, box: rule(probabilities[..., token].mean(0), box)
+
+    def right(probabilities: Tensor, token: int, box: Tensor) -> Tensor:
+        return ratio(probabilities[..., token].mean(0), box)
+
+    mistakes: list[Mistake] = [
+        ("average the heads' maps first: a mean of ratios counts a head that hardly reads the word as much as one that "
+         "reads nothing else.", lambda p, token, box: ratio(p[..., token], box).mean()),
+        ("that is the share alone; divide it by the box's share of the picture.",
+         of_word(lambda w, box: (w * box).sum() / w.sum())),
+        ("divide by all the attention that the word gets: the weights sum to 1 over the words, not over the places.",
+         of_word(lambda w, box: (w * box).sum() / box.mean())),
+        ("divide by all the attention that the word gets; you divide by the number of places.",
+         of_word(lambda w, box: (w * box).mean() / box.mean())),
+        ("no softmax over the places: these are weights already.", of_word(lambda w, box: ratio(w.softmax(0), box))),
+        ("divide by the sum of the weights, not by the largest.",
+         of_word(lambda w, box: (w * box).sum() / w.max() / box.mean())),
+        ("that compares inside with outside; compare with the whole picture.",
+         of_word(lambda w, box: ((w * box).sum() / box.sum()) / ((w * (1 - box)).sum() / (1 - box).sum()))),
+        ("a place half in the box counts half; you count it whole.", of_word(lambda w, box: ratio(w, box.ceil()))),
+    ]  # fmt: skip
+    draw = torch.Generator().manual_seed(0)
+    probabilities = (2 * torch.randn(2, 6, 3, generator=draw)).softmax(-1)
+    boxes = torch.tensor([[0, 1, 0.5, 0, 0.25, 0], [0, 0, 0, 1, 1, 0.5]])
+    cases = [(probabilities, token, box) for token, box in zip((0, 2), boxes, strict=True)]
+    grade("word overlap", answer, right, cases, mistakes)

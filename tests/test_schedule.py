@@ -61,6 +61,13 @@ def test_closed_forms():
     torch.testing.assert_close(schedule("cosine").alphas_cumprod[:-1], level[:-1], rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_without_numbers_is_the_one_in_its_paper(kind: str):
+    """A cosine capped at another kind's largest β would be no cosine."""
+    assert torch.equal(Schedule(kind).betas, schedule(kind).betas)
+    assert Schedule(kind, end=0.5).config() == {"kind": kind, "T": 1000, "start": KINDS[kind][1], "end": 0.5}
+
+
 @pytest.mark.parametrize("T", [1, 2, 50, 1000])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_signal_only_falls(kind: str, T: int):

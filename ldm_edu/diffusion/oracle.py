@@ -40,8 +40,10 @@ class GaussianMixture:
 
     def score(self, z: Tensor, alpha_cumprod: Tensor | float = 1.0) -> Tensor:
         """The gradient of the log-density at z: towards each component, by its share in the density there."""
-        log_shares, pull = self._components(z, alpha_cumprod)
-        return (log_shares.softmax(1)[..., None] * pull).sum(1).view(z.shape).to(z)
+        log_shares, level, variance = self._components(z, alpha_cumprod)
+        pull = log_shares.softmax(1) / variance
+        towards = level.sqrt() * (pull @ self.means.flatten(1))
+        return (towards - pull.sum(1, keepdim=True) * z.cpu().double().flatten(1)).view(z.shape).to(z)
 
     def predict(self, prediction: str, z: Tensor, alpha_cumprod: Tensor) -> Tensor:
         """E[what a network learns | z_t]: "eps", "x0" or "v", as `training_target`, or "score"; 0 < ᾱ < 1."""
@@ -53,10 +55,15 @@ class GaussianMixture:
         """The best denoiser `(z, t) -> prediction` of this data, for a sampler on `alphas_cumprod`."""
         return lambda z, t: self.predict(prediction, z, alphas_cumprod.cpu()[t.cpu()])
 
-    def _components(self, z: Tensor, alpha_cumprod: Tensor | float) -> tuple[Tensor, Tensor]:
-        """The log of each component's part in the density, `(B, K)`, and the gradient of its own log, `(B, K, D)`."""
+    def _components(self, z: Tensor, alpha_cumprod: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+        """The log of each component's part in the density `(B, K)`, ᾱ `(1 or B, 1)`, the variances `(1 or B, K)`.
+
+        The squared distances are multiplied out: with many components, all differences would fill the memory.
+        """
         level = torch.as_tensor(alpha_cumprod, dtype=torch.float64, device="cpu").view(-1, 1)
-        variance = level * self.std**2 + 1 - level  # (1 or B, K)
-        away = z.cpu().double().flatten(1)[:, None] - level.sqrt()[..., None] * self.means.flatten(1)
-        density = -0.5 * (away.square().sum(2) / variance + away.shape[2] * (2 * torch.pi * variance).log())
-        return self.weights.log() + density, -away / variance[..., None]
+        variance = level * self.std**2 + 1 - level
+        points, means = z.cpu().double().flatten(1), self.means.flatten(1)
+        lengths = points.square().sum(1, keepdim=True) + level * means.square().sum(1)
+        away = lengths - 2 * level.sqrt() * (points @ means.T)
+        density = -0.5 * (away / variance + points.shape[1] * (2 * torch.pi * variance).log())
+        return self.weights.log() + density, level, variance

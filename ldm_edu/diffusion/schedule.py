@@ -27,6 +27,8 @@ def cosine(T: int, start: float = 0.0, end: float = 0.999) -> Tensor:
 
 
 SCHEDULES = {"linear": linear, "sqrt_linear": sqrt_linear, "cosine": cosine}
+# Each one's own first and last β: of DDPM; of the paper's text-to-image model; of Nichol and Dhariwal.
+RANGES = {"linear": (1e-4, 0.02), "sqrt_linear": (0.00085, 0.012), "cosine": (0.0, 0.999)}
 
 
 class Schedule:
@@ -37,17 +39,19 @@ class Schedule:
     Args:
         kind: "linear", "sqrt_linear" (the paper's models) or "cosine".
         T: number of timesteps.
-        start, end: the first and the last β ("cosine": the largest β).
+        start, end: the first and the last β ("cosine": the largest β); by default those of who introduced the kind.
 
     Raises:
         UserError: an unknown kind, or values that are no schedule.
     """
 
     def __init__(
-        self, kind: str = "sqrt_linear", T: int = 1000, start: float = 0.00085, end: float = 0.012
+        self, kind: str = "sqrt_linear", T: int = 1000, start: float | None = None, end: float | None = None
     ) -> None:
         if kind not in SCHEDULES:
             raise UserError(f"There is no schedule {kind!r}; there are {', '.join(SCHEDULES)}.")
+        start = RANGES[kind][0] if start is None else start
+        end = RANGES[kind][1] if end is None else end
         if T < 1 or not 0 <= start <= end < 1:
             raise UserError(
                 f"A schedule needs T ≥ 1 and 0 ≤ start ≤ end < 1, not T={T}, start={start}, end={end}."

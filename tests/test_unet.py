@@ -99,6 +99,14 @@ def test_conditions_that_are_missing_or_too_many_are_named(change: dict, drop: s
         unets.ours(config)(z, t, **{name: value for name, value in given.items() if name != drop})
 
 
+@pytest.mark.parametrize("height, width", [(5, 8), (8, 6), (2, 4)])
+def test_a_size_that_cannot_be_halved_is_named(height: int, width: int):
+    model = unets.ours(replace(SMALL, channel_multipliers=(1, 2, 2)))
+    with pytest.raises(UserError, match=f"halves its input 2 times.* multiples of 4, not {height} × {width}"):
+        model(torch.zeros(1, 2, height, width), torch.tensor([0]), torch.zeros(1, 5, 6))
+    assert model(torch.zeros(1, 2, 4, 8), torch.tensor([0]), torch.zeros(1, 5, 6)).shape == (1, 2, 4, 8)
+
+
 # attention maps
 
 

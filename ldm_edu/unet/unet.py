@@ -228,8 +228,15 @@ class UNet(nn.Module):
         h and w must be multiples of 2 ** (number of levels - 1).
 
         Raises:
-            UserError: a context or labels that the network has no use for, or none where it needs them.
+            UserError: another height or width; a context or labels that the network has no use for, or none where it
+                needs them.
         """
+        (height, width), step = z.shape[2:], 2 ** (len(self.down) - 1)
+        if height % step or width % step:
+            raise UserError(
+                f"This UNet halves its input {len(self.down) - 1} times: height and width must be multiples of {step}, "
+                f"not {height} × {width}."
+            )
         wanted = {"context": self.config.context_channels, "labels": self.config.num_classes}
         for (name, width), given in zip(wanted.items(), (context, labels), strict=True):
             if (given is None) != (width is None):

@@ -81,6 +81,7 @@ def measure_samplers(
                 for part in batches(captions, batch_size)
             ]
             shares.append(share(torch.cat(images), wanted))
+            bar.set_postfix_str(f"seed {seed}, {' '.join(map(str, setting))}: {shares[-1]}")
             bar.update()
     bar.close()
     rows = [setting._asdict() | {"faithful": shares} for setting, shares in zip(settings, faithful)]

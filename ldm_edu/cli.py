@@ -51,7 +51,6 @@ app = typer.Typer(
     epilog="LDM_EDU_DEVICE=cpu|cuda|mps chooses the device, LDM_EDU_DATA the folder of data sets.",
 )
 
-
 main = app  # the entry point of the `ldm-edu` command
 
 
@@ -206,7 +205,7 @@ def train(
 def evaluate(
     names: Annotated[
         list[str],
-        typer.Argument(metavar="CHECKPOINT...", help="Names or folders; sweep, shapes, attention: see below."),
+        typer.Argument(metavar="CHECKPOINT...", help="Names or folders; or what is named below."),
     ],
     data: Annotated[
         Path | None, typer.Option(help="A folder of pictures, for first stages; several have a default.")
@@ -219,7 +218,8 @@ def evaluate(
 
     Faithfulness is the share of pictures with every object, colour, shape, size and relation as asked.
     Several first stages (`sweep`: the committed ones) are compared in one table; without --data on the held-out
-    photographs of Caltech-101. `shapes` measures ShapeScenes, `attention` where the words of shapes-text look.
+    photographs of Caltech-101. `shapes` measures ShapeScenes; with shapes-text, `attention` measures where words look,
+    `samplers` every sampler over numbers of steps, three seeds.
     """
     _at_least(1, "--captions", captions)
     _at_least(0, "--seed", seed)
@@ -232,6 +232,12 @@ def evaluate(
         shapes = names == ["shapes"]
         found = scenes.measure_scenes() if shapes else attention.measure_attention(captions=captions, seed=seed)
         typer.echo(json.dumps(found) if as_json else "\n".join(f"{k:>20} {v}" for k, v in found.items()))
+        return
+    if names == ["samplers"]:
+        from ldm_edu.evaluation import steps
+
+        measured = steps.evaluate("shapes-text", captions, seed)
+        typer.echo(json.dumps(measured) if as_json else steps.table(measured))
         return
     names = [n for name in names for n in (checkpoints.names("sweep-") if name == "sweep" else [name])]
     kinds = {name: checkpoints.read(checkpoints.find(name))[0].get("kind") for name in names}
@@ -256,12 +262,9 @@ def evaluate(
     from ldm_edu.pipeline import LatentDiffusion
 
     result = faithfulness(LatentDiffusion.load(names[0]), captions=captions, seed=seed)
-    if as_json:
-        typer.echo(json.dumps(result, allow_nan=False))
-        return
-    for group, share in result["faithfulness"].items():
-        typer.echo(f"{group:>9} {share:6.1%}")
-    typer.echo(f"{result['captions']} captions a group, seed {result['seed']}")
+    words = [f"{group:>9} {share:6.1%}" for group, share in result["faithfulness"].items()]
+    words.append(f"{result['captions']} captions a group, seed {result['seed']}")
+    typer.echo(json.dumps(result, allow_nan=False) if as_json else "\n".join(words))
 
 
 app.command()(bench)

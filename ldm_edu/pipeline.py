@@ -90,6 +90,7 @@ class LatentDiffusion(nn.Module):
         eta: float = 0.0,
         precision: str = "auto",
         compiled: bool = False,
+        spacing: str = "trailing",
     ) -> Iterator[Step]:
         """Sample, yielding every step: `Step(t, z, z0)` with scaled latents. The arguments are checked at once.
 
@@ -102,6 +103,7 @@ class LatentDiffusion(nn.Module):
             precision: "float32", "bfloat16", or "auto": bfloat16 on a GPU that has it, else float32.
             compiled: sample with a compiled UNet, for many pictures: the first batch of each size waits for the
                 compiler, a minute or several. Where it fails, a warning says why, and it goes on without.
+            spacing: which timesteps are visited; see `spaced_timesteps`.
 
         Raises:
             UserError: unknown words, a number out of range, or seeds that do not match the prompts.
@@ -122,7 +124,7 @@ class LatentDiffusion(nn.Module):
             raise UserError(f"There is no sampler {sampler!r}; there are {', '.join(SAMPLERS)}.")
         if eta and sampler != "ddim":
             raise UserError(f"eta belongs to ddim; with {sampler} leave it at 0, not {eta}.")
-        timesteps = spaced_timesteps(self.schedule.T, num_steps)
+        timesteps = spaced_timesteps(self.schedule.T, num_steps, spacing)
         self.conditioner.tokenize(prompts)
         unet = self._denoiser(precision, compiled)
         draw = PictureNoise(seeds)

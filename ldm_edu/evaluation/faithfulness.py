@@ -54,7 +54,7 @@ def faithfulness(
     for group, arguments in GROUPS.items():
         scenes = ShapeScenes(64, count=captions, seed=seed, **arguments)
         texts = scenes.captions(range(captions), full=True)
-        wanted = _wanted(scenes)
+        wanted = wanted_things(scenes)
         images = []
         for part in batches(captions, batch_size):
             seeds = list(range(part.start, part.stop))
@@ -69,10 +69,10 @@ def faithfulness(
             )
             if on_progress:
                 on_progress(len(seeds))
-        shares[group] = _share(torch.cat(images), wanted)
+        shares[group] = share(torch.cat(images), wanted)
         if group == "two":
-            shares["shuffled"] = _share(torch.cat(images), wanted[1:] + wanted[:1])
-            shares["ceiling"] = _share(_reconstructed(model, scenes), wanted)
+            shares["shuffled"] = share(torch.cat(images), wanted[1:] + wanted[:1])
+            shares["ceiling"] = share(_reconstructed(model, scenes), wanted)
     order = ("one", "two", "held_out", "ceiling", "shuffled")
     return {"faithfulness": {name: shares[name] for name in order}, "captions": captions, "seed": seed}
 
@@ -85,12 +85,14 @@ def evaluate(model: LatentDiffusion, captions: int = 512, seed: int = 1) -> dict
     return result
 
 
-def _wanted(scenes: ShapeScenes) -> list[tuple[Thing, ...]]:
+def wanted_things(scenes: ShapeScenes) -> list[tuple[Thing, ...]]:
+    """What each scene's picture should show."""
     drawn = scenes.scenes(range(len(scenes)))
     return [drawn.things(i) for i in range(len(scenes))]
 
 
-def _share(images: Tensor, wanted: list[tuple[Thing, ...]]) -> float:
+def share(images: Tensor, wanted: list[tuple[Thing, ...]]) -> float:
+    """The share of pictures in which everything is read as wanted."""
     right = [agrees(reading, things) for reading, things in zip(read_scenes(images), wanted, strict=True)]
     return round(sum(right) / len(right), 4)
 

@@ -122,6 +122,7 @@ DROPOUT = {
     "you keep with chance p": lambda y, e, p, g: drop(y, e, 1 - p, g),
     "randn": lambda y, e, p, g: torch.where(torch.randn(len(y), 1, generator=g) < p, e, y),
     "the same captions": own_generator,
+    "the same captions are": lambda y, e, p, g: torch.where(torch.arange(len(y))[:, None] % round(1 / p) == 0, e, y),
     "the same one must drop the same": own_chance,
     "yours is list": lambda y, e, p, g: y.tolist(),
     r"yours is \(1, 5\)": lambda y, e, p, g: e,

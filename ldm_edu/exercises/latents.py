@@ -101,10 +101,10 @@ def check_condition_dropout(answer: Answer) -> None:
         words = "one coin for the whole batch; toss one for each caption."
     elif abs(rates[0.1] - 0.9) < 0.02:
         words = "p is the chance to be dropped; you keep with chance p."
-    elif off:
-        words = f"with p = {off[0]} you drop {rates[off[0]]:.1%} of the captions. (Is it rand, not randn?)"
     elif torch.equal(runs[0.5, 0], runs[0.5, 1]):
         words = "the same captions are dropped every time; draw with the generator."
+    elif off:
+        words = f"with p = {off[0]} you drop {rates[off[0]]:.1%} of the captions. (Is it rand, not randn?)"
     elif not torch.equal(runs[0.5, 0], again):
         words = "draw with the generator that you are given: the same one must drop the same."
     if words:

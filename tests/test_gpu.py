@@ -16,6 +16,7 @@ from ldm_edu.runtime import has_fast_bfloat16, pick_device
 from ldm_edu.training import Settings, fit
 from ldm_edu.training.diffusion import DiffusionObjective
 from ldm_edu.unet import UNet
+from ldm_edu.unet.fast import Denoiser
 
 pytestmark = pytest.mark.gpu
 
@@ -50,6 +51,20 @@ def test_the_unet_answers_as_on_the_cpu():
         expected = model(z, t, context)
         answer = model.cuda()(z.cuda(), t.cuda(), context.cuda()).cpu()
     torch.testing.assert_close(answer, expected, atol=1e-3 * expected.abs().max().item(), rtol=0)
+
+
+@pytest.mark.filterwarnings("error:Sampling without")
+def test_the_compiled_unet_answers_as_the_eager_one():
+    """In CUDA graphs, which write every answer to the same memory, and read every prompt from the same."""
+    torch.manual_seed(0)
+    unet = tiny.stirred(UNet(tiny.UNET)).eval().cuda()
+    denoiser, z, t = Denoiser(unet, compile=True), torch.randn(2, 2, 8, 8).cuda(), torch.tensor([400, 400]).cuda()
+    prompts = [torch.randn(2, 7, 16).cuda() for _ in range(2)]
+    answers = [denoiser(z, t, context) for context in (*prompts, *prompts)]
+    with torch.no_grad():
+        for answer, context in zip(answers, (*prompts, *prompts)):
+            expected = unet(z, t, context)
+            torch.testing.assert_close(answer, expected, atol=1e-3 * expected.abs().max().item(), rtol=0)
 
 
 def test_the_first_stage_answers_as_on_the_cpu():

@@ -4,7 +4,8 @@
 
 Text to image on ShapeScenes of one object. All train for the same wall time: `steps` differ for that reason alone. The
 UNets see attention at the same two resolutions, 16 and 32 times coarser than the 128 pixels (8 and 16 than the 64);
-the one on pixels has two more levels above, narrow ones, because wide ones would cost it most of its steps.
+the one on pixels has two more levels above, narrow ones, because wide ones would cost it most of its steps. What was
+measured is in data/spaces; the weights are not kept.
 """
 
 from __future__ import annotations

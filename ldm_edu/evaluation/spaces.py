@@ -16,6 +16,7 @@ from ldm_edu.autoencoder import PerceptualNetwork
 from ldm_edu.datasets.reader import agrees, read_scenes
 from ldm_edu.datasets.shapes import ShapeScenes
 from ldm_edu.evaluation.comparison import frechet_distance
+from ldm_edu.evaluation.faithfulness import wanted_things
 from ldm_edu.pipeline import LatentDiffusion
 from ldm_edu.runtime import batches, has_fast_bfloat16, progress
 
@@ -37,8 +38,8 @@ def measure(model: LatentDiffusion, pictures: int = 128, seed: int = 1, batch_si
         seeds = list(range(pictures)[part])
         parts.append(model.sample(captions[part], seeds=seeds, precision=precision))
     seconds, images = time.perf_counter() - began, torch.cat(parts)
-    readings, drawn = read_scenes(images), scenes.scenes(range(pictures))
-    right = sum(agrees(reading, drawn.things(i)) for i, reading in enumerate(readings))
+    readings = read_scenes(images)
+    right = sum(map(agrees, readings, wanted_things(scenes)))
     true = scenes.images(range(pictures)).cpu()
     return {
         "faithful": right / pictures,

@@ -1,0 +1,49 @@
+"""What the comparison of pixels with latents measures, on models that draw what is known."""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldm_edu.datasets.shapes import ShapeScenes
+from ldm_edu.evaluation.spaces import measure
+from ldm_edu.training.recipes import spaces
+from ldm_edu.unet import UNet
+
+COUNT = 12
+
+
+class Draws:
+    """Stands for a model: picture i of the evaluation is the true scene number `order[i]`, or grey."""
+
+    latent_size, first_stage, device = 16, SimpleNamespace(f=4), torch.device("cpu")
+
+    def __init__(self, order: Sequence[int | None]) -> None:
+        self.scenes, self.order = ShapeScenes(64, count=COUNT, seed=1, objects=(1, 1)), order
+
+    def sample(self, captions: list[str], seeds: list[int], precision: str) -> Tensor:
+        assert captions == self.scenes.captions(range(COUNT), full=True)[seeds[0] : seeds[-1] + 1]
+        true = self.scenes.images(range(COUNT))
+        return torch.stack([torch.zeros(3, 64, 64) if self.order[i] is None else true[self.order[i]] for i in seeds])
+
+
+def test_true_scenes_wrong_scenes_and_nothing():
+    right, moved, grey = (
+        measure(Draws(order), pictures=COUNT, batch_size=5)
+        for order in (range(COUNT), [*range(1, COUNT), 0], [None] * COUNT)
+    )
+    assert right["faithful"] == right["readable"] == moved["readable"] == 1
+    assert moved["faithful"] < 0.5 and grey["faithful"] == grey["readable"] == 0
+    assert right["frechet"] == pytest.approx(0, abs=1e-3) and grey["frechet"] > 1
+    assert right["pictures_per_second"] > 0 and (right["pictures"], right["sampling_seed"]) == (COUNT, 1)
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_the_models_differ_in_the_space_and_hardly_in_weights(size: int):
+    pixels, latents = (spaces.RECIPES[f"{space}-{size}"].config for space in ("pixels", "latents"))
+    weights = [sum(p.numel() for p in UNet(config).parameters()) for config in (pixels, latents)]
+    assert weights[0] == pytest.approx(weights[1], rel=0.01)
+    lowest = [places // 2 ** (len(c.widths) - 1) for places, c in ((size, pixels), (size // 4, latents))]
+    assert lowest == [4, 4] and pixels.widths[-2:] == latents.widths[-2:]

@@ -163,10 +163,10 @@ def unet(runs: int = 10, large: bool = False) -> list[Row]:
         jobs = [UNetJob(False, device, "forward", config=shapes_text.MODEL)]
         if large:
             jobs.append(UNetJob(False, device, "forward", size=64, tokens=77, training_batch=4))
-        planned = [plan for job in jobs for plan in _plans(job)]
+        plans = [plan for job in jobs for plan in _plans(job)]
         with Sides() as sides:
-            made = (_measured(sides, *plan, runs) for plan in planned)
-            rows += progress(made, total=len(planned), desc=f"bench on {device}")
+            made = (_measured(sides, plan, runs) for plan in plans)
+            rows += progress(made, total=len(plans), desc=f"bench on {device}")
     return rows
 
 
@@ -181,26 +181,44 @@ def _insisting(denoiser: Denoiser) -> Callable[[Tensor, Tensor, Tensor], Tensor]
     return predict
 
 
-def _plans(job: UNetJob) -> Iterator[tuple[str, UNetJob]]:
-    """A row's name and job; "best" in it asks for the fastest way of each side."""
+@dataclass(frozen=True)
+class Plan:
+    """A row to be measured.
+
+    Args:
+        best: each side in its own fastest way, not both as the job says.
+        compilers: those that the search for the best may try: ours, theirs.
+        once: a single call of each side, for what takes minutes.
+    """
+
+    name: str
+    job: UNetJob
+    best: bool = False
+    compilers: tuple[str, str] = ("", "")
+    once: bool = False
+
+
+def _plans(job: UNetJob) -> Iterator[Plan]:
     large, cpu = job.size > 16, job.device == "cpu"
+    size = ", SD 1" * large
     precisions = ["float32"] + ["bfloat16"] * has_fast_bfloat16(torch.device(job.device))
     if large and cpu:
-        yield "forward, SD 1", replace(job, batch=1)
+        yield Plan("forward" + size, replace(job, batch=1), once=True)
         return
     for task in TASKS:
+        name, job = task + size, replace(job, task=task)
         for precision in precisions:
-            yield task + ", SD 1" * large, replace(job, task=task, precision=precision)
-        if task != "training step":
-            yield task + ", SD 1" * large + ", best, not compiled", replace(job, task=task)
-            same = replace(job, task=task, precision=precisions[-1], channels_last=not cpu, compiler="ours")
-            yield task + ", SD 1" * large, same
-        yield task + ", SD 1" * large + ", best", replace(job, task=task)
+            yield Plan(name, replace(job, precision=precision))
+        if task == "training step":  # never compiled
+            yield Plan(f"{name}, best", job, best=True)
+            continue
+        yield Plan(f"{name}, best, not compiled", job, best=True)
+        yield Plan(name, replace(job, precision=precisions[-1], channels_last=not cpu, compiler="ours"))
+        yield Plan(f"{name}, best", job, best=True, compilers=("ours", "default"))
 
 
-def _measured(sides: Sides, name: str, job: UNetJob, runs: int) -> Row:
-    if "best" not in name:
-        return sides.row(name, job, 0 if name == "forward, SD 1" and job.device == "cpu" else runs)
-    compilers = ("ours", "default") if name.endswith("best") and job.task != "training step" else ("", "")
-    ours, theirs = (sides.fastest(replace(job, peer=peer), compilers[peer]) for peer in (False, True))
-    return sides.row(name, ours, runs, theirs)
+def _measured(sides: Sides, plan: Plan, runs: int) -> Row:
+    ours, theirs = plan.job, replace(plan.job, peer=True)
+    if plan.best:
+        ours, theirs = (sides.fastest(job, compiler) for job, compiler in zip((ours, theirs), plan.compilers))
+    return sides.row(plan.name, ours, 0 if plan.once else runs, theirs)

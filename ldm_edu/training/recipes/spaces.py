@@ -27,12 +27,12 @@ from ldm_edu.training.diffusion import DiffusionSettings, train_diffusion
 from ldm_edu.training.fit import OnStep
 from ldm_edu.unet import UNet, UNetConfig
 
-# Equal wall time: so many steps took 7 minutes on one core, in a measurement of a few of them.
-STEPS = {"pixels-64": 1150, "latents-64": 2000, "pixels-128": 460, "latents-128": 1600}
+# Equal wall time: so many steps take 16 minutes on one core, going by a measurement of a few of them.
+STEPS = {"pixels-64": 1700, "latents-64": 3500, "pixels-128": 630, "latents-128": 2350}
 
 SETTINGS = {
     "cpu": DiffusionSettings(
-        batch_size=16, optimizer="muon", learning_rate=4e-3, pictures=10_000, prediction="v", ema_decay=0.99,
+        batch_size=32, optimizer="muon", learning_rate=4e-3, pictures=10_000, prediction="v", ema_decay=0.99,
     ),
     "gpu": DiffusionSettings(
         batch_size=128, optimizer="muon", learning_rate=4e-3, pictures=10_000, prediction="v", ema_decay=0.99,

@@ -1,18 +1,16 @@
 """The checks of the exercises: each takes the right solution, and names the mistake of each wrong one."""
 
-import re
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from graded import refused, stub
+from graded import refusals
 from torch import Tensor
 from torch.autograd import grad
 from torch.distributions import Normal, kl_divergence
 
 from ldm_edu.autoencoder import VectorQuantizer
-from ldm_edu.exercises import ExerciseError
 from ldm_edu.exercises.compression import (
     check_adaptive_weight,
     check_hinge_loss,
@@ -212,27 +210,6 @@ VQ = {
     "you summed": lambda z, e, b: vq(z, e, b) * z.numel(),
     "commitment_weight = 0.25": lambda z, e, b: vq(z, e, 0.5),
 }
-WRONG = [
-    (check, words, answer)
-    for check, table in zip(CHECKS, (HINGE, WEIGHT, FIELD, SIZE, KL, THROUGH, VQ), strict=True)
-    for words, answer in table.items()
-]
-
-
-@pytest.mark.parametrize("check, words, answer", WRONG, ids=[f"{CHECKS[c]}: {w}" for c, w, _ in WRONG])
-def test_a_wrong_solution_is_refused_in_words(
-    check: Callable, words: str, answer: Callable, capsys: pytest.CaptureFixture
-):
-    refused(check, CHECKS[check], words, answer, capsys)
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=CHECKS.values())
-def test_what_a_learner_leaves_undone_is_refused_in_words(check: Callable):
-    def broken(*arguments: object) -> None:
-        raise KeyError("speed")
-
-    for answer, words in ((stub, "not written yet"), (broken, "KeyError: 'speed'"), (lambda *_: None, "None.*return")):
-        with pytest.raises(ExerciseError, match=f"{re.escape(CHECKS[check])}: .*{words}"):
-            check(answer)
-    with pytest.raises(ExerciseError, match="TypeError.*argument"):
-        check(lambda: 1)
+test_a_wrong_solution_is_refused_in_words, test_what_a_learner_leaves_undone_is_refused_in_words = refusals(
+    CHECKS, (HINGE, WEIGHT, FIELD, SIZE, KL, THROUGH, VQ)
+)

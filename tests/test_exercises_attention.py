@@ -1,14 +1,13 @@
 """The checks of the exercises on UNet and attention: each takes the solution, and names the mistake of a wrong one."""
 
 import math
-import re
 from collections.abc import Callable
 
 import pytest
 import torch
+from graded import refusals
 from torch import Tensor, nn
 
-from ldm_edu.exercises import ExerciseError
 from ldm_edu.exercises.attention import (
     check_attention,
     check_geglu,
@@ -171,27 +170,6 @@ OVERLAP = {
     "counts half": on_map(lambda w, box: w[box > 0].sum() / w.sum() / (box > 0).float().mean()),
     "not a tensor": lambda *a: word_overlap(*a).item(),
 }
-WRONG = [
-    (check, words, answer)
-    for check, table in zip(CHECKS, (EMBEDDING, ZERO, ATTENTION, GEGLU, OVERLAP), strict=True)
-    for words, answer in table.items()
-]
-
-
-@pytest.mark.parametrize("check, words, answer", WRONG, ids=[f"{CHECKS[c]}: {w}" for c, w, _ in WRONG])
-def test_a_wrong_solution_is_refused_in_words(
-    check: Callable, words: str, answer: Callable, capsys: pytest.CaptureFixture
-):
-    with pytest.raises(ExerciseError, match=f"^{CHECKS[check]}: .*{words}"):
-        check(answer)
-    assert capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=CHECKS.values())
-def test_what_a_learner_leaves_undone_is_refused_in_words(check: Callable):
-    def stub(*arguments: object) -> None:
-        raise NotImplementedError
-
-    for answer, words in ((stub, "not written yet"), (lambda *_: None, "None.*return"), (lambda: 1, "TypeError")):
-        with pytest.raises(ExerciseError, match=f"{re.escape(CHECKS[check])}: .*{words}"):
-            check(answer)
+test_a_wrong_solution_is_refused_in_words, test_what_a_learner_leaves_undone_is_refused_in_words = refusals(
+    CHECKS, (EMBEDDING, ZERO, ATTENTION, GEGLU, OVERLAP)
+)

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from graded import refused, stub
+from graded import refusals
 from torch import Tensor
 
 from ldm_edu.diffusion import GaussianMixture, Schedule, ddpm, dpm_solver
@@ -196,21 +196,6 @@ SECOND = {
     "r does not mind": lambda *a: second(*a, e=lambda h: torch.exp(-2 * h)),
     "before = 0.05, now = 0.2, following = 0.7 is": lambda z, *rest: z,
 }
-WRONG = [
-    (check, words, answer)
-    for check, table in zip(CHECKS, (NOISING, POSTERIOR, V, STEP, ETA, SECOND), strict=True)
-    for words, answer in table.items()
-]
-
-
-@pytest.mark.parametrize("check, words, answer", WRONG, ids=[f"{CHECKS[c]}: {w}" for c, w, _ in WRONG])
-def test_a_wrong_solution_is_refused_in_words(
-    check: Callable, words: str, answer: Callable, capsys: pytest.CaptureFixture
-):
-    refused(check, CHECKS[check], words, answer, capsys)
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=CHECKS.values())
-def test_what_a_learner_leaves_undone_is_refused_in_words(check: Callable, capsys: pytest.CaptureFixture):
-    for answer, words in ((stub, "not written yet"), (lambda *_: None, "None.*return")):
-        refused(check, CHECKS[check], words, answer, capsys)
+test_a_wrong_solution_is_refused_in_words, test_what_a_learner_leaves_undone_is_refused_in_words = refusals(
+    CHECKS, (NOISING, POSTERIOR, V, STEP, ETA, SECOND)
+)

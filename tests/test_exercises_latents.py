@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from graded import refused, stub
+from graded import refusals
 from torch import Tensor, nn
 
 from ldm_edu.exercises.latents import (
@@ -147,21 +147,6 @@ LOSS = {
     r"one number.*yours has \(3,\)": lambda d, z, e, t, a: (d(noisy(z, e, t, a), t) - e).square().mean((1, 2, 3)),
     "your answer is .*; it should be": lambda d, z, e, t, a: 2 * loss(d, z, e, t, a),
 }
-WRONG = [
-    (check, words, answer)
-    for check, table in zip(CHECKS, (SCALE, TO_IMAGE, DROPOUT, LOSS), strict=True)
-    for words, answer in table.items()
-]
-
-
-@pytest.mark.parametrize("check, words, answer", WRONG, ids=[f"{CHECKS[c]}: {w}" for c, w, _ in WRONG])
-def test_a_wrong_solution_is_refused_in_words(
-    check: Callable, words: str, answer: Callable, capsys: pytest.CaptureFixture
-):
-    refused(check, CHECKS[check], words, answer, capsys)
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=CHECKS.values())
-def test_what_a_learner_leaves_undone_is_refused_in_words(check: Callable, capsys: pytest.CaptureFixture):
-    for answer, words in ((stub, "not written yet"), (lambda *_: None, "None.*return")):
-        refused(check, CHECKS[check], words, answer, capsys)
+test_a_wrong_solution_is_refused_in_words, test_what_a_learner_leaves_undone_is_refused_in_words = refusals(
+    CHECKS, (SCALE, TO_IMAGE, DROPOUT, LOSS)
+)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from refresh_notebooks import METADATA
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -72,10 +73,7 @@ def test_format_and_metadata(path: Path):
     nbformat.validate(book)
     ids = [cell.get("id") for cell in book["cells"]]
     assert all(ids) and len(set(ids)) == len(ids)
-    assert book["metadata"].get("kernelspec", {}).get("name") == "python3"
-    assert set(book["metadata"]) <= {"kernelspec", "language_info"}, (
-        "widget state or an editor's settings: make refresh"
-    )
+    assert book["metadata"] == METADATA, "widget state, an editor's settings or a Python version: make refresh"
     assert not [c["id"] for c in book["cells"] if set(c["metadata"]) - {"tags"}], (
         "timing or an editor's: make refresh"
     )

@@ -4,8 +4,9 @@
 
 Text to image on ShapeScenes of one object. All train for the same wall time: `steps` differ for that reason alone. The
 UNets see attention at the same two resolutions, 16 and 32 times coarser than the 128 pixels (8 and 16 than the 64);
-the one on pixels has two more levels above, narrow ones, because wide ones would cost it most of its steps. What was
-measured is in data/spaces; the weights are not kept.
+the one on pixels has two more levels above, narrow ones, because wide ones would cost it most of its steps. Each space
+has the schedule that was made for it: pixels DDPM's, which ends at a hundred times lower a signal-to-noise ratio. What
+was measured is in data/spaces; the weights are not kept.
 """
 
 from __future__ import annotations
@@ -84,8 +85,11 @@ Licence of the weights: MIT."""
         space, size = self.NAME.split("-")
         scenes = ShapeScenes(int(size), count=settings.pictures, seed=0, device=pick_device(), objects=(1, 1))
         conditioner = TextConditioner.from_words(vocabulary(SHAPE_NAMES, COLOUR_NAMES), length=32, channels=128)
-        stage = Identity() if space == "pixels" else AutoencoderKL.load("shapes-kl-f4")
-        model = LatentDiffusion(stage, UNet(self.config), conditioner, Schedule(), prediction=settings.prediction)
+        if space == "pixels":
+            stage, schedule = Identity(), Schedule("linear")
+        else:
+            stage, schedule = AutoencoderKL.load("shapes-kl-f4"), Schedule("sqrt_linear")
+        model = LatentDiffusion(stage, UNet(self.config), conditioner, schedule, prediction=settings.prediction)
         captions = scenes.captions(range(settings.pictures))
 
         def get_images(index: Tensor) -> Tensor:

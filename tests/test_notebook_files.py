@@ -68,6 +68,14 @@ def test_executed_once_in_order(path: Path):
 
 
 @each
+def test_sections_are_numbered_without_a_gap(path: Path):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    numbers = [int(number) for number in re.findall(r"^## (\d+) ·", text, re.MULTILINE)]
+    assert numbers == list(range(1, len(numbers) + 1))
+
+
+@each
 def test_format_and_metadata(path: Path):
     book = json.loads(path.read_text(encoding="utf-8"))
     nbformat.validate(book)

@@ -1,6 +1,7 @@
 """Where words look: the words are found in their captions, the boxes on the grid, and the known model looks there."""
 
 import re
+from statistics import fmean
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from ldm_edu.datasets.captions import Thing
 from ldm_edu.datasets.shapes import ShapeScenes
 from ldm_edu.evaluation.attention import (
     LARGEST_BOX,
+    TIMESTEPS,
     WORDS,
     best,
     box_cover,
@@ -100,6 +102,8 @@ def test_the_best_is_found_for_each_word():
 def test_the_command(capsys: pytest.CaptureFixture):
     result = measure_attention(captions=6, seed=5)
     assert {*WORDS, "colour_other_box", "shape_layer", "both_head", "boxes"} <= result.keys()
+    by_timestep = result["shape_by_timestep"]
+    assert tuple(by_timestep) == TIMESTEPS and fmean(by_timestep.values()) == pytest.approx(result["shape"], abs=1e-3)
     run = typer.testing.CliRunner().invoke(main, ["evaluate", "attention", "--captions", "6", "--seed", "5"])
     assert run.exit_code == 0
     assert re.search(rf"^ +colour {result['colour']}$", run.stdout, flags=re.MULTILINE)

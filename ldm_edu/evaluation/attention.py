@@ -132,7 +132,7 @@ def measure_attention(name: str = "shapes-text", captions: int = 512, seed: int 
     """For each of `WORDS` the overlap in its box, mean over objects and `TIMESTEPS`, in one layer and one head.
 
     Layer and head (or the mean of the heads) are the `best` on other captions, of seed + 1. With them come the
-    deviation between objects and the overlap in the boxes of other objects of the scene.
+    deviation between objects, the overlap in the boxes of other objects of the scene, and the mean at each timestep.
     """
     if captions < 1 or seed == 0:
         raise UserError(f"Ask for at least one caption, and not of seed 0, which trains: {captions}, seed {seed}.")
@@ -145,11 +145,14 @@ def measure_attention(name: str = "shapes-text", captions: int = 512, seed: int 
     ratios, layers = overlaps(model, here, found)
     result: dict[str, object] = {}
     for word, (layer, head), of_word in zip(WORDS, chosen, ratios.unbind(2), strict=True):
-        mean = of_word[layer, :, :, head].mean(1)
-        own, other = mean[found.own], mean[~found.own]
+        by_timestep = of_word[layer, :, :, head]
+        own, other = by_timestep.mean(1)[found.own], by_timestep.mean(1)[~found.own]
         result |= {
             word: round(own.mean().item(), 3), f"{word}_deviation": round(own.std().item(), 3),
             f"{word}_other_box": round(other.mean().item(), 3), f"{word}_layer": layers[layer],
             f"{word}_head": "mean" if head == ratios.shape[-1] - 1 else head,
+            f"{word}_by_timestep": {
+                t: round(at.item(), 3) for t, at in zip(TIMESTEPS, by_timestep[found.own].mean(0), strict=True)
+            },
         }  # fmt: skip
     return result | {"boxes": int(found.own.sum()), "captions": captions, "seed": seed}

@@ -82,7 +82,7 @@ SCALE = {
     "a single outlier": lambda z: 1 / z.abs().amax(),
     "Stable Diffusion's": lambda z: 0.18215,
     "your answer is 1; it should be": lambda z: 1,
-    "stops with TypeError": lambda z: 1 / z.std(axis="all"),
+    "stops with TypeError": lambda z: 1 / z.std(samples=z),
 }
 TO_IMAGE = {
     "divide by it": lambda d, z, s: d(z * s),

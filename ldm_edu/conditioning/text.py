@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import HFValidationError
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedModel, PreTrainedTokenizerFast
@@ -77,7 +78,7 @@ class TextConditioner(nn.Module):
             tokenizer = AutoTokenizer.from_pretrained(name)
             kind = _encoder_class(encoder)
             model = kind.from_pretrained(name, **_without_pooling(kind))
-        except OSError as error:
+        except (OSError, HFValidationError) as error:  # the second where a missing folder is taken for a hub's name
             raise UserError(
                 f"Cannot load {encoder} from {str(name)!r}: {str(error).splitlines()[0]}"
             ) from error
@@ -117,7 +118,8 @@ class TextConditioner(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token numbers `(B, length)` to the context `(B, length, channels)`."""
-        return self.encoder(input_ids=tokens).last_hidden_state
+        seen = torch.ones_like(tokens)  # all of them, paddings too
+        return self.encoder(input_ids=tokens, attention_mask=seen).last_hidden_state
 
     def config(self) -> dict[str, Any]:
         """Everything but the weights, as JSON: the tokenizer with its vocabulary, and the transformer's shape."""

@@ -113,7 +113,8 @@ def test_rows(monkeypatch: pytest.MonkeyPatch):
         **{(f"{task}, best, not compiled", eager): 7.5 / 5.5 for task in ("forward", "sampling")},
         **{(task, ours): 7 / 5 for task in ("forward", "sampling")},
         **{(f"{task}, best", f"ours {ours}; peer {eager}"): 1.5 for task in ("forward", "sampling")},
-        ("forward, SD 1", "float32"): 1.0,
+        ("forward, SD 1", "float32"): 10 / 8,
+        ("forward, SD 1", "bfloat16"): 8 / 6,
     }
 
 

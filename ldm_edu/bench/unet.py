@@ -149,7 +149,7 @@ def unet(runs: int = 10, large: bool = False) -> list[Row]:
 
     Args:
         runs: of each side, for each row.
-        large: at Stable Diffusion 1's size too; without a GPU one call, once.
+        large: at Stable Diffusion 1's size too; without a GPU one call of it, for one latent with guidance.
 
     Returns:
         rows of `Sides.row`.
@@ -188,22 +188,20 @@ class Plan:
     Args:
         best: each side in its own fastest way, not both as the job says.
         compilers: those that the search for the best may try: ours, theirs.
-        once: a single call of each side, for what takes minutes.
     """
 
     name: str
     job: UNetJob
     best: bool = False
     compilers: tuple[str, str] = ("", "")
-    once: bool = False
 
 
 def _plans(job: UNetJob) -> Iterator[Plan]:
     large, cpu = job.size > 16, job.device == "cpu"
     size = ", SD 1" * large
     precisions = ["float32"] + ["bfloat16"] * has_fast_bfloat16(torch.device(job.device))
-    if large and cpu:
-        yield Plan("forward" + size, replace(job, batch=1), once=True)
+    if large and cpu:  # the rest would take hours
+        yield from (Plan("forward" + size, replace(job, batch=1, precision=p)) for p in precisions)
         return
     for task in TASKS:
         name, job = task + size, replace(job, task=task)
@@ -221,4 +219,4 @@ def _measured(sides: Sides, plan: Plan, runs: int) -> Row:
     ours, theirs = plan.job, replace(plan.job, peer=True)
     if plan.best:
         ours, theirs = (sides.fastest(job, compiler) for job, compiler in zip((ours, theirs), plan.compilers))
-    return sides.row(plan.name, ours, 0 if plan.once else runs, theirs)
+    return sides.row(plan.name, ours, runs, theirs)

@@ -125,7 +125,7 @@ def test_best_is_each_sides_own_fastest(monkeypatch: pytest.MonkeyPatch):
         return 3.0 - slow if job.peer else 1.0 + slow
 
     monkeypatch.setattr(sides, "seconds", seconds)
-    rows = first_stage.first_stage(size=8, runs=2, channels=32, large=True)
+    rows = list(first_stage.first_stage(size=8, runs=2, channels=32, large=True, device="cpu"))
     assert [(row["name"], row["precision"]) for row in rows] == [
         ("encode", "float32"),
         ("decode", "float32"),
@@ -167,6 +167,8 @@ def test_without_diffusers_words(monkeypatch: pytest.MonkeyPatch):
         (["first-stage", "--channels", 48], ["multiple of 32", "48"]),
         (["first-stage", "--channels", 0], ["multiple of 32", "0"]),
         (["first-stage", "--runs", 0], ["--runs", "0"]),
+        (["first-stage", "--device", "tpu"], ["'tpu'", "Try 'cpu'"]),
+        (["unet", "--device", "gpu"], ["'gpu'", "Try 'cpu'"]),
         ([], ["first-stage"]),
     ],
 )

@@ -103,19 +103,26 @@ def test_rows(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(unet, "Sides", lambda: Imagined(cost))
     for module in (unet, sides):
         monkeypatch.setattr(module, "has_fast_bfloat16", lambda device: True)
-    monkeypatch.setattr(unet, "pick_device", lambda: torch.device("cpu"))
-    rows = {(row["name"], row["precision"]): row["ratio"] for row in unet.unet(runs=2, large=True)}
+
+    def ratios(large: bool) -> dict[tuple[str, str], float]:
+        return {(row["name"], row["precision"]): row["ratio"] for row in unet.unet(2, large, "cpu")}
+
     eager, ours = "bfloat16, channels last", "bfloat16, compiled our way"
-    assert rows == {
+    assert ratios(large=False) == {
         **{(task, "float32"): 10 / 8 for task in TASKS},
         **{(task, "bfloat16"): 8 / 6 for task in TASKS},
         ("training step, best", eager): 7.5 / 5.5,
         **{(f"{task}, best, not compiled", eager): 7.5 / 5.5 for task in ("forward", "sampling")},
         **{(task, ours): 7 / 5 for task in ("forward", "sampling")},
         **{(f"{task}, best", f"ours {ours}; peer {eager}"): 1.5 for task in ("forward", "sampling")},
-        ("forward, SD 1", "float32"): 10 / 8,
-        ("forward, SD 1", "bfloat16"): 8 / 6,
     }
+    assert ratios(large=True) == {("forward, SD 1", "float32"): 10 / 8, ("forward, SD 1", "bfloat16"): 8 / 6}
+
+
+def test_the_devices(monkeypatch: pytest.MonkeyPatch):
+    for found, expected in (("cpu", ["cpu"]), ("cuda", ["cpu", "cuda"])):
+        monkeypatch.setattr(sides, "pick_device", lambda name=None, found=found: torch.device(name or found))
+        assert sides.devices(None) == expected and sides.devices("cpu") == ["cpu"]
 
 
 def test_a_plot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -124,6 +131,8 @@ def test_a_plot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(unet, "unet", lambda *options: [row, row | {"name": "sampling"}])
     result = run("bench", "unet", "--plot", tmp_path / "ratios.png")
     assert result.exit_code == 0 and len(result.stdout.splitlines()) == 4
+    first, second = result.stderr.splitlines()
+    assert first == "forward on cpu, float32: 0.5000 s against 0.7500 s, 1.500" and second.startswith("sampling on")
     with Image.open(tmp_path / "ratios.png") as picture:
         assert picture.width > 500
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -20,14 +21,19 @@ def bench(
         int | None, typer.Option(help="first-stage: width of the network; by default 128, Stable Diffusion's.")
     ] = None,
     large: Annotated[
-        bool, typer.Option("--large", help="Decode 1024x1024, or Stable Diffusion's UNet, too: minutes on a CPU.")
+        bool,
+        typer.Option("--large", help="first-stage: decode 1024x1024, too. unet: Stable Diffusion's instead. Slow."),
     ] = False,
+    device: Annotated[
+        str | None, typer.Option(metavar="cpu|cuda|mps", help="By default the CPU, then a GPU if there is one.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the ratios, too.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Our speed and memory beside diffusers', with the same weights, turn by turn. Let nothing else run.
 
     unet: one call, a training step and 25 sampling steps, at the size of shapes-text. A compiler is tried, too.
+    Each row is told on stderr as soon as it is measured; the table comes in the end.
     """
     from ldm_edu.runtime import UserError
 
@@ -40,12 +46,18 @@ def bench(
     if plot and not (plot.suffix.lower() == ".png" and plot.parent.is_dir()):
         raise UserError(f"--plot {plot}: name a FILE.png in a folder that exists.")
 
+    from tqdm import tqdm
+
     from ldm_edu.bench import first_stage, sides, unet
 
     if what == "unet":
-        rows = unet.unet(runs, large)
+        made = unet.unet(runs, large, device)
     else:
-        rows = first_stage.first_stage(size, runs, 128 if channels is None else channels, large)
+        made = first_stage.first_stage(size, runs, 128 if channels is None else channels, large, device)
+    rows = []
+    for row in made:
+        rows.append(row)
+        tqdm.write(sides.line(row), file=sys.stderr)
     if plot:
         sides.plot(rows, plot)
     typer.echo(json.dumps({"rows": rows}, allow_nan=False) if as_json else sides.table(rows))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ldm_edu.autoencoder import AutoencoderConfig, AutoencoderKL
-from ldm_edu.bench.sides import Job, Row, Sides, diffusers
+from ldm_edu.bench.sides import Job, Row, Sides, devices, diffusers
 from ldm_edu.interop import first_stage_to_diffusers
-from ldm_edu.runtime import UserError, has_fast_bfloat16, pick_device, progress
+from ldm_edu.runtime import UserError, has_fast_bfloat16, progress
 
 TASKS = ("encode", "decode")
 LARGE = 1024  # pixels
@@ -44,20 +44,22 @@ class FirstStageJob(Job):
         return f"diffusers {diffusers().__version__} AutoencoderKL"
 
 
-def first_stage(size: int | None = None, runs: int = 10, channels: int = 128, large: bool = False) -> list[Row]:
+def first_stage(
+    size: int | None = None, runs: int = 10, channels: int = 128, large: bool = False, device: str | None = None
+) -> Iterator[Row]:
     """Encoding and decoding in float32, in bfloat16 where the device is fast at it, and best against best.
 
-    On the CPU, and on a GPU if there is one. Best: each side in the precision and memory order that were its fastest
-    in a short trial.
+    Best: each side in the precision and memory order that were its fastest in a short trial.
 
     Args:
         size: of the picture; by default 128 pixels on a CPU and 512 on a GPU.
         runs: of each side, for each row.
         channels: the network's width; 128 is Stable Diffusion's.
         large: also decode 1024×1024 pixels, on a CPU just once.
+        device: by default the CPU, and a GPU if there is one.
 
     Returns:
-        rows of `Sides.row`.
+        rows of `Sides.row`, each as soon as it is measured.
 
     Raises:
         UserError: no diffusers here, or a size or width that the network cannot have.
@@ -68,13 +70,11 @@ def first_stage(size: int | None = None, runs: int = 10, channels: int = 128, la
     if size is not None and (size < config.f or size % config.f):
         raise UserError(f"The picture's side is a multiple of {config.f} pixels, such as 128; it is {size}.")
     diffusers()
-    rows = []
-    for device in dict.fromkeys(["cpu", str(pick_device())]):
-        job = FirstStageJob(False, device, "decode", config=config, size=size or (128 if device == "cpu" else 512))
-        precisions = ["float32"] + ["bfloat16"] * has_fast_bfloat16(torch.device(device))
+    for where in devices(device):
+        job = FirstStageJob(False, where, "decode", config=config, size=size or (128 if where == "cpu" else 512))
+        precisions = ["float32"] + ["bfloat16"] * has_fast_bfloat16(torch.device(where))
         total = 2 * len(precisions) + 2 + large
-        rows += progress(_rows(job, precisions, runs, large), total=total, desc=f"bench on {device}")
-    return rows
+        yield from progress(_rows(job, precisions, runs, large), total=total, desc=f"bench on {where}")
 
 
 def _rows(job: Job, precisions: list[str], runs: int, large: bool) -> Iterator[Row]:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm_edu.runtime import UserError, has_fast_bfloat16
+from ldm_edu.runtime import UserError, has_fast_bfloat16, pick_device
 
 PROCESS = Path("/proc/self")
 Row = dict[str, Any]
@@ -143,15 +143,26 @@ class Sides:
         }
 
 
+def devices(name: str | None) -> list[str]:
+    """The one that is named; without a name the CPU, and a GPU if there is one."""
+    return [str(pick_device(name))] if name else list(dict.fromkeys(["cpu", str(pick_device())]))
+
+
+def line(row: Row) -> str:
+    """A row in words."""
+    how = f"{row['name']} on {row['device']}, {row['precision']}"
+    return f"{how}: {row['ours_s']:.4f} s against {row['peer_s']:.4f} s, {row['ratio']:.3f}"
+
+
 def table(rows: list[Row]) -> str:
     """Rows as lines for people."""
     width = max(len(row["precision"]) for row in rows)
-    line = f"{{:<28}} {{:<6}} {{:<{width}}} {{:>9}} {{:>9}} {{:>6}} {{:>9}} {{:>8}} {{:>8}}".format
-    lines = [line("", "device", "precision", "ours s", "peer s", "ratio", "max diff", "ours MB", "peer MB")]
+    aligned = f"{{:<28}} {{:<6}} {{:<{width}}} {{:>9}} {{:>9}} {{:>6}} {{:>9}} {{:>8}} {{:>8}}".format
+    lines = [aligned("", "device", "precision", "ours s", "peer s", "ratio", "max diff", "ours MB", "peer MB")]
     for row in rows:
         peaks = ("?" if row[side] is None else f"{row[side]:.0f}" for side in ("ours_peak_mb", "peer_peak_mb"))
         times = f"{row['ours_s']:.4f}", f"{row['peer_s']:.4f}", f"{row['ratio']:.3f}", f"{row['max_abs_diff']:.1e}"
-        lines.append(line(row["name"], row["device"], row["precision"], *times, *peaks))
+        lines.append(aligned(row["name"], row["device"], row["precision"], *times, *peaks))
     peers = " and ".join(dict.fromkeys(row["peer"] for row in rows))
     return "\n".join([*lines, f"The peer is {peers}. A ratio above 1: ours is faster."])
 

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm_edu.bench.sides import Job, Row, Sides, diffusers
+from ldm_edu.bench.sides import Job, Row, Sides, devices, diffusers
 from ldm_edu.diffusion import Schedule, guided, spaced_timesteps
 from ldm_edu.diffusion.samplers import ddim
 from ldm_edu.interop import schedule_to_diffusers, unet_to_diffusers
-from ldm_edu.runtime import has_fast_bfloat16, pick_device, progress
+from ldm_edu.runtime import has_fast_bfloat16, progress
 from ldm_edu.training.fit import update_ema
 from ldm_edu.training.recipes import shapes_text
 from ldm_edu.unet import UNet, UNetConfig
@@ -140,34 +140,33 @@ class UNetJob(Job):
         return step
 
 
-def unet(runs: int = 10, large: bool = False) -> list[Row]:
+def unet(runs: int = 10, large: bool = False, device: str | None = None) -> Iterator[Row]:
     """At the size of shapes-text, each task at equal precision and best against best.
 
-    On the CPU, and on a GPU if there is one. Best: each side in the precision and memory order that were its fastest
+    Best: each side in the precision and memory order that were its fastest
     in a short trial, compiled or not: ours as `Denoiser` does it, diffusers' by torch.compile as it is. A training step
     is never compiled.
 
     Args:
         runs: of each side, for each row.
-        large: at Stable Diffusion 1's size too; without a GPU one call of it, for one latent with guidance.
+        large: at Stable Diffusion 1's size instead; on a CPU one call, for one latent with guidance.
+        device: by default the CPU, and a GPU if there is one.
 
     Returns:
-        rows of `Sides.row`.
+        rows of `Sides.row`, each as soon as it is measured.
 
     Raises:
         UserError: no diffusers here.
     """
     diffusers()
-    rows = []
-    for device in dict.fromkeys(["cpu", str(pick_device())]):
-        jobs = [UNetJob(False, device, "forward", config=shapes_text.MODEL)]
+    for where in devices(device):
+        job = UNetJob(False, where, "forward", config=shapes_text.MODEL)
         if large:
-            jobs.append(UNetJob(False, device, "forward", size=64, tokens=77, training_batch=4))
-        plans = [plan for job in jobs for plan in _plans(job)]
+            job = UNetJob(False, where, "forward", size=64, tokens=77, training_batch=4)
+        plans = list(_plans(job))
         with Sides() as sides:
-            made = (_measured(sides, plan, runs) for plan in plans)
-            rows += progress(made, total=len(plans), desc=f"bench on {device}")
-    return rows
+            for plan in progress(plans, desc=f"bench on {where}"):
+                yield _measured(sides, plan, runs)
 
 
 def _insisting(denoiser: Denoiser) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

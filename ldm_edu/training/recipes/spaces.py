@@ -28,8 +28,8 @@ from ldm_edu.training.diffusion import DiffusionSettings, train_diffusion
 from ldm_edu.training.fit import OnStep
 from ldm_edu.unet import UNet, UNetConfig
 
-# Equal wall time within a size: so many steps take 16 minutes on one core, 32 at 128 pixels, going by a measurement.
-STEPS = {"pixels-64": 1700, "latents-64": 3500, "pixels-128": 1260, "latents-128": 4700}
+# Equal wall time: so many steps take 16 minutes on one core, going by a measurement of a few of them.
+STEPS = {"pixels-64": 1700, "latents-64": 3500, "pixels-128": 630, "latents-128": 2350}
 
 SETTINGS = {
     "cpu": DiffusionSettings(

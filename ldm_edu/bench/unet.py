@@ -159,11 +159,9 @@ def unet(runs: int = 10, large: bool = False, device: str | None = None) -> Iter
         UserError: no diffusers here.
     """
     diffusers()
+    size = dict(size=64, tokens=77, training_batch=4) if large else dict(config=shapes_text.MODEL)
     for where in devices(device):
-        job = UNetJob(False, where, "forward", config=shapes_text.MODEL)
-        if large:
-            job = UNetJob(False, where, "forward", size=64, tokens=77, training_batch=4)
-        plans = list(_plans(job))
+        plans = list(_plans(UNetJob(False, where, "forward", **size)))
         with Sides() as sides:
             for plan in progress(plans, desc=f"bench on {where}"):
                 yield _measured(sides, plan, runs)

@@ -146,7 +146,8 @@ def measure_attention(name: str = "shapes-text", captions: int = 512, seed: int 
     result: dict[str, object] = {}
     for word, (layer, head), of_word in zip(WORDS, chosen, ratios.unbind(2), strict=True):
         by_timestep = of_word[layer, :, :, head]
-        own, other = by_timestep.mean(1)[found.own], by_timestep.mean(1)[~found.own]
+        mean = by_timestep.mean(1)
+        own, other = mean[found.own], mean[~found.own]
         result |= {
             word: round(own.mean().item(), 3), f"{word}_deviation": round(own.std().item(), 3),
             f"{word}_other_box": round(other.mean().item(), 3), f"{word}_layer": layers[layer],

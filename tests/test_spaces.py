@@ -45,5 +45,8 @@ def test_the_models_differ_in_the_space_and_hardly_in_weights(size: int):
     pixels, latents = (spaces.RECIPES[f"{space}-{size}"].config for space in ("pixels", "latents"))
     weights = [sum(p.numel() for p in UNet(config).parameters()) for config in (pixels, latents)]
     assert weights[0] == pytest.approx(weights[1], rel=0.01)
-    lowest = [places // 2 ** (len(c.widths) - 1) for places, c in ((size, pixels), (size // 4, latents))]
-    assert lowest == [4, 4] and pixels.widths[-2:] == latents.widths[-2:]
+    assert pixels.widths[-2:] == latents.widths[-2:]
+    for config, f in ((pixels, 1), (latents, 4)):
+        pixels_a_place = [f * 2**level for level in range(len(config.widths))]
+        assert size // pixels_a_place[-1] == 4
+        assert [pixels_a_place[level] for level in config.attention_levels] == [p for p in pixels_a_place if p >= 8]

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
-from scipy.spatial import cKDTree
 from torch import Tensor
 
 from ldm_edu.datasets.images import contact_sheet, to_uint8
@@ -127,6 +126,8 @@ def _in_few_colours(image: Image.Image, colours: int) -> Image.Image:
 
     Each pixel gets the nearest colour; Pillow's own choice is only near, and shows.
     """
+    from scipy.spatial import cKDTree  # half a second to import, and most pictures have few colours
+
     greys = np.linspace(INK, PAPER, 16).round()
     chosen = image.quantize(colours - len(greys), method=Image.Quantize.FASTOCTREE).getpalette()
     palette = np.concatenate([np.reshape(chosen, (-1, 3)), greys]).astype(np.uint8)

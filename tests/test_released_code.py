@@ -30,13 +30,16 @@ from ldm_edu.interop import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-for needed in ("omegaconf", "ldm.modules.diffusionmodules.openaimodel"):
-    pytest.importorskip(needed, reason="compares with the released code; how to install it is said in this file")
-
-from ldm.models.diffusion.ddim import DDIMSampler  # noqa: E402
-from ldm.models.diffusion.dpm_solver import DPMSolverSampler  # noqa: E402
-from ldm.models.diffusion.plms import PLMSSampler  # noqa: E402
-from ldm.modules.diffusionmodules import model, openaimodel, util  # noqa: E402
+REASON = "compares with the released code; how to install it is said in this file"
+pytest.importorskip("omegaconf", reason=REASON)
+model, openaimodel, util = (
+    pytest.importorskip(f"ldm.modules.diffusionmodules.{name}", reason=REASON)
+    for name in ("model", "openaimodel", "util")
+)
+samplers = {
+    name: getattr(pytest.importorskip(f"ldm.models.diffusion.{file}", reason=REASON), name)
+    for file, name in (("ddim", "DDIMSampler"), ("plms", "PLMSSampler"), ("dpm_solver", "DPMSolverSampler"))
+}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -113,16 +116,16 @@ class Model:
 NOISE, CONDITION, NONE = normal(2, 3, 4, 4), torch.tensor([0.3, -0.4]), torch.zeros(2)
 
 
-def theirs_and_ours(theirs: type, ours: Callable, timesteps: list[int], **settings: object) -> None:
+def theirs_and_ours(theirs: str, ours: Callable, timesteps: list[int], **settings: object) -> None:
     """Both from the same noise, with guidance: the same timesteps asked, the same sample."""
-    model, mine = Model(), Model()
-    expected = theirs(model).sample(
+    their_model, mine = Model(), Model()
+    expected = samplers[theirs](their_model).sample(
         len(timesteps), 2, (3, 4, 4), CONDITION, x_T=NOISE, verbose=False, unconditional_guidance_scale=3.0,
         unconditional_conditioning=NONE, **{name: value for name, value in settings.items() if name == "eta"},
     )[0]  # fmt: skip
     denoiser = guided(mine.apply_model, CONDITION, NONE, 3.0)
     *_, last = ours(denoiser, NOISE, mine.alphas_cumprod, timesteps, **settings, stop=0)
-    assert mine.asked == model.asked and len(mine.asked) >= len(timesteps)
+    assert mine.asked == their_model.asked and len(mine.asked) >= len(timesteps)
     close(last.z, expected)
 
 
@@ -131,16 +134,16 @@ def theirs_and_ours(theirs: type, ours: Callable, timesteps: list[int], **settin
 def test_ddim(steps: int, eta: float, monkeypatch: pytest.MonkeyPatch):
     draws = Draws()
     monkeypatch.setattr("ldm.models.diffusion.ddim.noise_like", lambda shape, *_: draws(shape[1:]))
-    theirs_and_ours(DDIMSampler, ddim, spaced_timesteps(1000, steps, "uniform"), eta=eta, draw=Draws())
+    theirs_and_ours("DDIMSampler", ddim, spaced_timesteps(1000, steps, "uniform"), eta=eta, draw=Draws())
 
 
 @pytest.mark.parametrize("steps", [4, 50])
 def test_plms(steps: int):
-    theirs_and_ours(PLMSSampler, plms, spaced_timesteps(1000, steps, "uniform"))
+    theirs_and_ours("PLMSSampler", plms, spaced_timesteps(1000, steps, "uniform"))
 
 
 @pytest.mark.parametrize("steps", [9, 27])
 def test_dpm_solver(steps: int):
     """Theirs runs in continuous time; numbers of steps that divide 999 meet whole timesteps."""
     timesteps = [999 - i * 999 // steps for i in range(steps)]
-    theirs_and_ours(DPMSolverSampler, dpm_solver, timesteps, lower_order_final=steps < 15)
+    theirs_and_ours("DPMSolverSampler", dpm_solver, timesteps, lower_order_final=steps < 15)

@@ -28,6 +28,7 @@ from ldm_edu.interop import (
     unet_from_compvis,
     unet_to_compvis,
 )
+from ldm_edu.training.fit import update_ema
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 REASON = "compares with the released code; how to install it is said in this file"
@@ -36,6 +37,7 @@ model, openaimodel, util = (
     pytest.importorskip(f"ldm.modules.diffusionmodules.{name}", reason=REASON)
     for name in ("model", "openaimodel", "util")
 )
+ema = pytest.importorskip("ldm.modules.ema", reason=REASON)
 samplers = {
     name: getattr(pytest.importorskip(f"ldm.models.diffusion.{file}", reason=REASON), name)
     for file, name in (("ddim", "DDIMSampler"), ("plms", "PLMSSampler"), ("dpm_solver", "DPMSolverSampler"))
@@ -147,3 +149,18 @@ def test_dpm_solver(steps: int):
     """Theirs runs in continuous time; numbers of steps that divide 999 meet whole timesteps."""
     timesteps = [999 - i * 999 // steps for i in range(steps)]
     theirs_and_ours("DPMSolverSampler", dpm_solver, timesteps, lower_order_final=steps < 15)
+
+
+def test_averaged_weights():
+    """Theirs counts steps from 1, ours from 0."""
+    torch.manual_seed(0)
+    network = nn.Linear(3, 2)
+    mine, theirs = [w.detach().clone() for w in network.parameters()], ema.LitEma(network, decay=0.9)
+    for step in range(1, 100):
+        for weight in network.parameters():
+            nn.init.normal_(weight)
+        update_ema(mine, list(network.parameters()), 0.9, step)
+        theirs(network)
+    theirs.copy_to(network)
+    for one, other in zip(mine, network.parameters()):
+        close(one, other)

@@ -48,7 +48,10 @@ def learning_rate(settings: Settings, step: int) -> float:
 
 @torch.no_grad()
 def update_ema(ema: list[Tensor], weights: list[Tensor], decay: float, step: int) -> None:
-    """ema ← d · ema + (1 - d) · weights, with d = min(decay, (1 + n) / (10 + n)), as the released code does."""
+    """ema ← d · ema + (1 - d) · weights, with d = min(decay, (1 + n) / (10 + n)) at step n.
+
+    Steps count from 0; the released code does the same, counting from 1.
+    """
     d = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(ema, weights, 1 - d)
 

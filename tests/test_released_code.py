@@ -2,7 +2,7 @@
 
 Skipped where it is not installed; its own requirements are years old, so it is installed without them:
 
-    uv pip install --no-deps stable-diffusion-sdkit omegaconf "antlr4-python3-runtime==4.9.*"
+    uv pip install --no-deps stable-diffusion-sdkit==2.1.5 omegaconf "antlr4-python3-runtime==4.9.*"
 
 That package is the authors' later repository (Stable Diffusion 2), which knows all that the first one's models need.
 """

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from compvis_first_stage import RELEASED, released
+from compvis_unet import CELEBA, STABLE_DIFFUSION
 from denoisers import Draws, Network, normal
 from first_stages import close, equal
 from first_stages import same_outputs as same_pictures
@@ -58,6 +59,17 @@ def test_unets(name: str):
         return theirs(z, t, context=None if context is None else [context] * depth, y=labels)
 
     same_outputs(mine, theirs, call, dtypes=(torch.float32,))  # its norms know no other
+
+
+@pytest.mark.parametrize("params", [STABLE_DIFFUSION, CELEBA], ids=["Stable Diffusion 1", "CelebA-HQ"])
+def test_unets_of_full_size(params: dict):
+    """Without memory: on the meta device, where tensors have shapes only."""
+    with torch.device("meta"):
+        theirs = openaimodel.UNetModel(**params).state_dict()
+        mine = unet_to_compvis(unet_from_compvis(params, theirs))[1]
+    assert {n: t.shape for n, t in mine.items()} == {n: t.shape for n, t in theirs.items()}
+    if params is STABLE_DIFFUSION:
+        assert sum(t.numel() for t in theirs.values()) == 859_520_964
 
 
 @pytest.mark.parametrize("name", RELEASED)

@@ -126,7 +126,7 @@ def _in_few_colours(image: Image.Image, colours: int) -> Image.Image:
 
     Each pixel gets the nearest colour; Pillow's own choice is only near, and shows.
     """
-    from scipy.spatial import cKDTree  # half a second to import, and most pictures have few colours
+    from scipy.spatial import cKDTree  # half a second to import, and only a large picture needs it
 
     greys = np.linspace(INK, PAPER, 16).round()
     chosen = image.quantize(colours - len(greys), method=Image.Quantize.FASTOCTREE).getpalette()

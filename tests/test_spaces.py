@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ldm_edu.datasets.shapes import ShapeScenes
-from ldm_edu.evaluation.spaces import measure
+from ldm_edu.evaluation.spaces import measure, rows_of_samples
 from ldm_edu.training.recipes import spaces
 from ldm_edu.unet import UNet
 
@@ -38,6 +38,21 @@ def test_true_scenes_wrong_scenes_and_nothing():
     assert moved["faithful"] < 0.5 and grey["faithful"] == grey["readable"] == 0
     assert right["frechet"] == pytest.approx(0, abs=1e-3) and grey["frechet"] > 1
     assert right["pictures_per_second"] > 0 and (right["pictures"], right["sampling_seed"]) == (COUNT, 1)
+
+
+def test_a_row_of_samples_for_each_model():
+    class Plain:
+        def __init__(self, size: int, value: float) -> None:
+            self.size, self.value = size, value
+
+        def sample(self, captions: list[str], seeds: list[int], precision: str) -> Tensor:
+            assert len(captions) == len(seeds) == 3
+            return torch.full((3, 3, self.size, self.size), self.value) * torch.tensor(seeds).view(3, 1, 1, 1)
+
+    picture = rows_of_samples([Plain(2, -0.5), Plain(4, 0.25)], count=3)
+    row = torch.tensor([0, 0, -0.5, -0.5, -1, -1, *[1.0] * 6])  # white where the pictures are smaller
+    below = 0.25 * torch.arange(3).repeat_interleave(4)
+    torch.testing.assert_close(picture, torch.stack([row] * 2 + [below] * 4).expand(3, 6, 12))
 
 
 @pytest.mark.parametrize("size", [64, 128])

@@ -5,8 +5,8 @@
 Text to image on ShapeScenes of one object. All train for the same wall time: `steps` differ for that reason alone. The
 UNets attend wherever a place is 8 pixels wide or more, which is at the same resolutions in both spaces; the one on
 pixels has two more levels above, narrow ones, because wide ones would cost it most of its steps. Each space has the
-schedule that was made for it: pixels DDPM's, which ends at a hundred times lower a signal-to-noise ratio. What was
-measured is in data/spaces; the weights are not kept.
+schedule that was made for it: pixels DDPM's, which ends at a hundred times lower a signal-to-noise ratio. They predict
+v; `--set prediction=eps` makes it the paper's ε. What was measured is in data/spaces; the weights are not kept.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ lab: setup  ## JupyterLab on the tour (ARGS="--no-browser --port=8890" and the l
 	@mkdir -p $(LAB_SETTINGS) && echo '$(NO_NEWS)' > $(LAB_SETTINGS)/ldm-edu.json
 	@# Waiting threads sleep soon: see ldm_edu/__init__.py, which comes too late where a notebook imports torch first.
 	GOMP_SPINCOUNT=$${GOMP_SPINCOUNT:-20000} $(PYTHON) -m jupyterlab --ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" \
-		$(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS) $(TOUR)
+		$(if $(filter 0,$(shell id -u)),--allow-root) --LabApp.default_url=/lab/tree/$(TOUR) $(ARGS)
 
 test: setup  ## unit tests, and every notebook against its stored outputs (ARGS="-k words" for some of them)
 	$(TEST_ENV) $(PYTHON) -m pytest -n 2 --dist loadscope $(NBVAL) tests $(NOTEBOOKS) $(ARGS)

@@ -66,13 +66,24 @@ def find_by_fingerprint(sha256: str) -> Path:
     Raises:
         CheckpointError: none has.
     """
+    if folder := _committed(sha256):
+        return folder
+    raise CheckpointError(
+        f"No committed checkpoint has the weights {sha256[:12]}…, which this model's first stage needs."
+    )
+
+
+def is_committed(sha256: str) -> bool:
+    """Whether `find_by_fingerprint` finds these weights."""
+    return _committed(sha256) is not None
+
+
+def _committed(sha256: str) -> Path | None:
     for name in names():
         with settings_of(HOME / name):
             if json.loads((HOME / name / "config.json").read_text()).get("sha256") == sha256:
                 return HOME / name
-    raise CheckpointError(
-        f"No committed checkpoint has the weights {sha256[:12]}…, which this model's first stage needs."
-    )
+    return None
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -82,7 +93,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 def _stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
-        n: (t.half() if t.is_floating_point() else t).detach().cpu().contiguous()
+        n: (t.half() if t.is_floating_point() else t).detach().cpu().contiguous().clone()  # of tied weights, too
         for n, t in sorted(tensors.items())
     }
 

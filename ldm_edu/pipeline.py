@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,12 +26,13 @@ class LatentDiffusion(nn.Module):
     """First stage (E and D), denoiser (the UNet), condition (τθ) and noise schedule.
 
     Args:
+        first_stage: frozen here, since it is trained no further.
         latent_scale: what brings the first stage's latents to unit standard deviation; computed from data.
         prediction: what the UNet predicts: "eps", "x0" or "v".
         latent_size: height and width of the latents that it is trained on.
 
     Raises:
-        UserError: an unknown prediction, or a scale that is no positive number.
+        UserError: an unknown prediction, a scale that is no positive number, or parts that do not fit one another.
     """
 
     kind = "latent-diffusion"
@@ -51,9 +52,22 @@ class LatentDiffusion(nn.Module):
             raise UserError(f"A model predicts one of {', '.join(PREDICTIONS)}, not {prediction!r}.")
         if not 0 < latent_scale < math.inf:
             raise UserError(f"The scale of the latents is a positive number, not {latent_scale}.")
+        shape, channels = unet.config, first_stage.config.latent_channels
+        if (shape.in_channels, shape.out_channels) != (channels, channels):
+            raise UserError(
+                f"The first stage's latents have {channels} channels, but the UNet goes from {shape.in_channels} "
+                f"to {shape.out_channels}: give it in_channels and out_channels {channels}."
+            )
+        if shape.context_channels != conditioner.channels or shape.num_classes is not None:
+            raise UserError(
+                f"The UNet gets the conditioner's sequence, {conditioner.channels} wide, and no labels: give it "
+                f"context_channels {conditioner.channels} (not {shape.context_channels}) and no num_classes."
+            )
+        if latent_size % (step := 2 ** (len(shape.widths) - 1)) or latent_size < 1:
+            raise UserError(f"The UNet needs a latent_size that is a multiple of {step}, not {latent_size}.")
         self.first_stage = first_stage.requires_grad_(False)
         self.unet, self.conditioner, self.schedule = unet, conditioner, schedule
-        self.latent_scale, self.prediction, self.latent_size = latent_scale, prediction, latent_size
+        self.latent_scale, self.prediction, self.latent_size = float(latent_scale), prediction, latent_size
         self._compiled: dict[torch.dtype, Denoiser] = {}
 
     @property
@@ -68,16 +82,17 @@ class LatentDiffusion(nn.Module):
 
     def to_latent(self, images: Tensor) -> Tensor:
         """Pictures `(B, 3, H, W)` in [-1, 1] to scaled latents `(B, c, H/f, W/f)`."""
-        return self.first_stage.encode(images.to(self.device)) * self.latent_scale
+        return self.first_stage.encode(images.to(self.unet.conv_in.weight)) * self.latent_scale
 
     @torch.no_grad()
     def to_image(self, latents: Tensor) -> Tensor:
         """Scaled latents to pictures `(B, 3, H, W)` in [-1, 1], on the CPU."""
-        parts = [self.first_stage.decode(latents[b] / self.latent_scale) for b in batches(len(latents), 64)]
+        scaled = latents.to(self.unet.conv_in.weight) / self.latent_scale
+        parts = [self.first_stage.decode(scaled[b]) for b in batches(len(scaled), 64)]
         return torch.cat(parts).float().clamp(-1, 1).cpu()
 
-    def context(self, prompts: Sequence[str]) -> Tensor:
-        """τθ(y): `(B, length, channels)`."""
+    def context(self, prompts: str | Sequence[str]) -> Tensor:
+        """τθ(y): `(B, length, channels)`, of a prompt or several."""
         return self.conditioner(self.conditioner.tokenize(prompts).to(self.device))
 
     def steps(
@@ -96,7 +111,7 @@ class LatentDiffusion(nn.Module):
 
         Args:
             prompts: one, or several.
-            num_steps: how often the UNet is called, 1 to T.
+            num_steps: 1 to T. Each is one call of the UNet (and the first of "plms" two).
             guidance_scale: 1 is no guidance.
             seeds: one for each picture; a single integer s means s, s+1, ...
             sampler: "ddim" (with `eta` from 0, deterministic, to 1), "ddpm", "plms" or "dpm-solver"; see `diffusion`.
@@ -109,7 +124,7 @@ class LatentDiffusion(nn.Module):
             UserError: unknown words, a number out of range, or seeds that do not match the prompts.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        seeds = [seeds + i for i in range(len(prompts))] if isinstance(seeds, int) else list(seeds)
+        seeds = list(seeds) if isinstance(seeds, Iterable) else [seeds + i for i in range(len(prompts))]
         if not prompts or len(seeds) != len(prompts):
             raise UserError(
                 f"Give a seed for each prompt, or one integer: {len(prompts)} prompts, {len(seeds)} seeds."
@@ -164,8 +179,12 @@ class LatentDiffusion(nn.Module):
     def save(
         self, folder: Path | str, card: str, history: str | None = None, embed_first_stage: bool = True
     ) -> None:
-        """Write a checkpoint, whole or not at all; without its first stage, it is found again by its fingerprint."""
-        embed_first_stage |= not self.first_stage.state_dict()  # the identity has no weights to find it by
+        """Write a checkpoint, whole or not at all.
+
+        Its first stage is left out only where it is one of the committed ones, to be found again by its fingerprint.
+        """
+        weights = checkpoint.fingerprint(self.first_stage.state_dict())
+        embed_first_stage |= not checkpoint.is_committed(weights)
         tensors = {
             n: t
             for n, t in self.state_dict().items()
@@ -175,7 +194,7 @@ class LatentDiffusion(nn.Module):
             "kind": self.kind,
             "first_stage": {
                 **self.first_stage.description(),
-                "sha256": checkpoint.fingerprint(self.first_stage.state_dict()),
+                "sha256": weights,
                 "embedded": embed_first_stage,
             },
             "unet": asdict(self.unet.config),
@@ -211,4 +230,4 @@ class LatentDiffusion(nn.Module):
             stage = checkpoint.read(checkpoint.find_by_fingerprint(first["sha256"]))[1]
             tensors |= {f"first_stage.{n}": t for n, t in stage.items()}
         checkpoint.fill(model, tensors, folder)
-        return model.eval().to(device or pick_device())
+        return model.eval().to(pick_device(device and str(device)))

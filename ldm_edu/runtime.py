@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -69,10 +70,17 @@ def noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
 
 
 class PictureNoise:
-    """Draws noise for a batch, picture i from its own seed; each call goes on where the last one stopped."""
+    """Draws noise for a batch, picture i from its own seed; each call goes on where the last one stopped.
+
+    Raises:
+        UserError: a seed that is no integer of 64 bits.
+    """
 
     def __init__(self, seeds: Sequence[int]) -> None:
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        try:
+            self.generators = [torch.Generator().manual_seed(operator.index(seed)) for seed in seeds]
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise UserError(f"Seeds are integers from 0 to 2**64 - 1; they are {list(seeds)}.") from error
 
     def __call__(self, shape_of_one: Sequence[int]) -> Tensor:
         """Standard normal noise `(number of seeds, *shape_of_one)`, on the CPU."""

@@ -69,7 +69,10 @@ def test_answers_are_not_overwritten_and_have_no_gradient(unet: UNet):
 
 def test_a_unet_without_context():
     torch.manual_seed(0)
-    config = UNetConfig(channels=16, channel_multipliers=(1, 2), blocks=1, heads=2, context_channels=None, groups=4)
+    config = UNetConfig(
+        channels=16, channel_multipliers=(1, 2), blocks=1, attention_levels=(0, 1), heads=2, context_channels=None,
+        groups=4,
+    )  # fmt: skip
     unet = UNet(config).eval()
     torch.nn.init.normal_(unet.conv_out.weight)
     z, t, _ = given()

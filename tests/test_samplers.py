@@ -10,10 +10,13 @@ from torch import Tensor
 
 from ldm_edu.diffusion import (
     PREDICTIONS,
+    GaussianMixture,
     Schedule,
     ddim,
     ddpm,
+    dpm_solver,
     guided,
+    plms,
     spaced_timesteps,
     training_target,
 )
@@ -129,6 +132,34 @@ def test_ddim_at_eta_1_is_ddpm(num_steps: int):
     other = list(ddpm(network, *common, draw=Draws()))
     for a, b in zip(one, other, strict=True):
         torch.testing.assert_close(a.z, b.z, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["linear", "sqrt_linear", "cosine"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("sampler", [ddim, ddpm, plms, dpm_solver])
+def test_half_precision_is_that_of_latents_and_not_of_noise_levels(sampler, prediction: str, kind: str, dtype):
+    """Down to t = 0, where in bfloat16 ᾱ = 0.99915 would be 1 and nothing be left to divide by."""
+    own, world = schedule(kind), GaussianMixture(torch.zeros(1, 2, 4, 4), 0.5)
+    start, timesteps = normal(2, 2, 4, 4), [*spaced_timesteps(1000, 50)[:-1], 1, 0]
+    ends = []
+    for z in (start, start.to(dtype)):
+        draw = {"draw": Draws()} if sampler is ddpm else {}
+        *_, end = sampler(
+            world.denoiser(own.alphas_cumprod, prediction), z, own.alphas_cumprod, timesteps, prediction, **draw
+        )
+        ends.append(end.z)
+    assert ends[1].dtype == dtype and ends[1].isfinite().all()
+    assert (ends[1].float() - ends[0]).square().mean().sqrt() < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_noise_is_added_in_half_precision(dtype: torch.dtype):
+    own, t = schedule(), torch.arange(20)
+    noisy = own.add_noise(torch.zeros(20, 2, 4, 4, dtype=dtype), torch.ones(20, 2, 4, 4, dtype=dtype), t)
+    expected = (1 - own.alphas_cumprod[:20]).sqrt().float().view(20, 1, 1, 1)
+    torch.testing.assert_close(noisy.float(), expected.expand(20, 2, 4, 4), rtol=0.005, atol=0)
+    assert noisy.dtype == dtype
 
 
 def test_samplers_that_add_noise_ask_where_from():

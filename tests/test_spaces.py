@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ldm_edu.datasets.shapes import ShapeScenes
+from ldm_edu.evaluation.faithfulness import wanted_things
 from ldm_edu.evaluation.spaces import measure, rows_of_samples
 from ldm_edu.training.recipes import spaces
 from ldm_edu.unet import UNet
@@ -35,9 +36,13 @@ def test_true_scenes_wrong_scenes_and_nothing():
         for order in (range(COUNT), [*range(1, COUNT), 0], [None] * COUNT)
     )
     assert right["faithful"] == right["readable"] == moved["readable"] == 1
+    assert right["shape"] == right["colour"] == right["size"] == 1 and grey["shape"] is None
+    wanted = [scene[0] for scene in wanted_things(ShapeScenes(64, count=COUNT, seed=1, objects=(1, 1)))]
+    same = [a.colour == b.colour for a, b in zip(wanted, wanted[1:] + wanted[:1], strict=True)]
+    assert moved["colour"] == pytest.approx(sum(same) / COUNT) and moved["colour"] < 1
     assert moved["faithful"] < 0.5 and grey["faithful"] == grey["readable"] == 0
     assert right["frechet"] == pytest.approx(0, abs=1e-3) and grey["frechet"] > 1
-    assert right["pictures_per_second"] > 0 and (right["pictures"], right["sampling_seed"]) == (COUNT, 1)
+    assert right["pictures_per_second"] > 0 and (right["pictures"], right["scenes_seed"]) == (COUNT, 1)
 
 
 def test_a_row_of_samples_for_each_model():

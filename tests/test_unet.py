@@ -160,3 +160,17 @@ def test_attention_maps_end_even_if_the_network_stops():
         model(z, t)
     model(z, t, context)
     assert maps == []
+
+
+def test_attention_maps_may_end_in_any_order():
+    model = unets.ours(SMALL)
+    z, t, context, _ = unets.inputs(SMALL, torch.float32)
+    first, second = attention_maps(model), attention_maps(model)
+    one, other = first.__enter__(), second.__enter__()
+    model(z, t, context)
+    first.__exit__(None, None, None)
+    model(z, t, context)
+    second.__exit__(None, None, None)
+    model(z, t, context)
+    assert (len(one), len(other)) == (8, 16)
+    assert not any(module._forward_pre_hooks for module in model.modules())

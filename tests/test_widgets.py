@@ -5,6 +5,7 @@ import html
 import io
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from ldm_edu.widgets import (
     show,
     show_figure,
 )
+from ldm_edu.widgets.curve import _smooth
 from ldm_edu.widgets.pictures import spread
 
 PROMPT = "a small red star above a large blue circle"
@@ -262,18 +264,33 @@ def test_the_curve_is_eager_when_it_may_be():
     assert len(drawings) == 3
 
 
+def test_one_bad_loss_is_a_gap_in_the_curve_and_not_its_end():
+    curve = LossCurve("loss", every=3600)
+    for step in range(1, 51):
+        curve(step, {"loss": {10: float("nan"), 20: float("inf")}.get(step, 1.0)})
+    assert np.isfinite(_smooth(curve.values["loss"])).all()
+    assert np.isnan(_smooth([1.0, float("nan"), 1.0], share=0.1)).tolist() == [False, True, False]
+    curve.redraw()
+    assert "from 1 to 1 in" in curve.still_alt()
+
+
+def test_a_prompt_box_keeps_what_it_was_given():
+    box = PromptBox(SimpleNamespace(to_image=None), guidance_scale=15, num_steps=200, seed=2**40)
+    assert (box.guidance.value, box.num_steps.value, box.seed.value) == (15, 200, 2**40)
+
+
 def test_latent_channels_are_grey_images_around_the_mean():
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 50 + 7
     grey = latent_channels(latents)
     assert grey.shape == (8, 3, 8, 8) and grey.abs().max() <= 1
     torch.testing.assert_close(grey[:, 0], grey[:, 2])
     assert grey.mean().abs() < 0.05
-    assert latent_channels(torch.zeros(1, 4, 8, 8)).abs().max() == 0  # a flat channel is grey, not NaN
+    assert latent_channels(torch.zeros(1, 4, 8, 8).half()).abs().max() == 0  # a flat channel is grey, not NaN
 
 
 def test_spread_keeps_both_ends():
     assert spread(26, 6) == [0, 5, 10, 15, 20, 25]
-    assert spread(3, 6) == [0, 1, 2]
+    assert spread(3, 6) == [0, 1, 2] and spread(10, 1) == [0]
     assert spread(1000, 7)[0] == 0 and spread(1000, 7)[-1] == 999
 
 

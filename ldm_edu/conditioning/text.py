@@ -25,14 +25,15 @@ class UnknownWords(UserError):
 class TextConditioner(nn.Module):
     """Captions to a sequence of vectors `(B, length, channels)` for cross-attention.
 
-    As in the paper, the transformer reads the padding too: no mask. (Table 15: 77 tokens of a BERT tokenizer, a
+    As in the paper, the transformer reads the padding too: no mask. (Table 17: 77 tokens of a BERT tokenizer, a
     32-layer transformer. Ours are shorter, and BERT's own post-norm layers.)
 
     Args:
         tokenizer: a fast tokenizer with a padding token.
         encoder: any transformer of `transformers` whose output has `last_hidden_state`.
         length: every caption is padded to this many tokens.
-        frozen: keep the encoder as it is (CLIP or BERT with their own weights) instead of training it.
+        frozen: keep the encoder as it is (CLIP or BERT with their own weights) instead of training it, and without
+            dropout.
     """
 
     def __init__(
@@ -41,16 +42,34 @@ class TextConditioner(nn.Module):
         super().__init__()
         self.tokenizer, self.encoder, self.length, self.frozen = tokenizer, encoder, length, frozen
         encoder.requires_grad_(not frozen)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> TextConditioner:
+        """As for any module, but a frozen encoder stays in evaluation."""
+        super().train(mode)
+        if self.frozen:
+            self.encoder.eval()
+        return self
 
     @classmethod
     def from_words(
         cls, words: Sequence[str], length: int = 32, channels: int = 128, layers: int = 3, heads: int = 4
     ) -> TextConditioner:
-        """A small BERT over a vocabulary of whole words, untrained."""
+        """A small BERT over a vocabulary of whole words in lower case, untrained.
+
+        Raises:
+            UserError: a word that is none, because it is empty, or reading a caption would divide it.
+        """
+        split = pre_tokenizers.Whitespace()
+        words = dict.fromkeys(word.lower() for word in words)
+        for word in words:
+            pieces = [piece for piece, _ in split.pre_tokenize_str(word)]
+            if pieces != [word]:
+                raise UserError(f"The vocabulary is of whole words; {word!r} would be read as {pieces}. Give those.")
         vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *words])}
         tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
         tokenizer.normalizer = normalizers.Lowercase()
-        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer.pre_tokenizer = split
         config = BertConfig(
             vocab_size=len(vocabulary),
             hidden_size=channels,
@@ -77,7 +96,7 @@ class TextConditioner(nn.Module):
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
             kind = _encoder_class(encoder)
-            model = kind.from_pretrained(name, **_without_pooling(kind))
+            model = kind.from_pretrained(name, **_without_pooling(kind)).float()
         except (OSError, HFValidationError) as error:  # the second where a missing folder is taken for a hub's name
             raise UserError(
                 f"Cannot load {encoder} from {str(name)!r}: {str(error).splitlines()[0]}"
@@ -89,15 +108,18 @@ class TextConditioner(nn.Module):
         """The width of the sequence."""
         return self.encoder.config.hidden_size
 
-    def tokenize(self, captions: Sequence[str]) -> Tensor:
-        """Token numbers `(B, length)`.
+    def tokenize(self, captions: str | Sequence[str]) -> Tensor:
+        """Token numbers `(B, length)`, of captions or a single one.
 
         Raises:
             UnknownWords: words outside the vocabulary, named, with the words in it.
             UserError: a caption longer than the model reads.
         """
-        encoded = self.tokenizer(list(captions), padding="max_length", max_length=self.length)["input_ids"]
+        captions = [captions] if isinstance(captions, str) else list(captions)
+        encoded = self.tokenizer(captions, padding="max_length", max_length=self.length)["input_ids"]
         unknown_token = self.tokenizer.unk_token_id
+        if unknown_token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            unknown_token = None  # CLIP's one token for all of these; it reads any bytes, so no word is unknown to it
         for caption, tokens in zip(captions, encoded, strict=True):
             if len(tokens) > self.length:
                 raise UserError(
@@ -113,7 +135,7 @@ class TextConditioner(nn.Module):
         ]
         vocabulary = self.tokenizer.get_vocab()
         strange = ", ".join(repr(w) for w in dict.fromkeys(words) if w not in vocabulary)
-        known = ", ".join(sorted(w for w in vocabulary if w[0].isalnum()))  # no [PAD], and no comma
+        known = ", ".join(sorted(w for w in vocabulary if w[0].isalnum())[:200])  # no [PAD], and no comma
         return f"This model never saw {strange} (in {caption!r}). It knows these words: {known}."
 
     def forward(self, tokens: Tensor) -> Tensor:

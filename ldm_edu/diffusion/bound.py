@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.special import log_ndtr
 
-from ldm_edu.diffusion.parametrisation import split_prediction
-from ldm_edu.diffusion.samplers import Denoiser, Draw
+from ldm_edu.diffusion.samplers import Denoiser, Draw, clean_and_noise, fresh_noise
 from ldm_edu.diffusion.spacing import respaced_betas
 from ldm_edu.runtime import UserError
 
@@ -33,6 +32,7 @@ def variational_bound(
     """The terms of the bound in nats, `(B, T+1)`: L_0, L_1, ..., L_{T-1}, L_T. Their sum bounds -log p(z_0).
 
     Each term but L_T is a mean over q(z_t | z_0), estimated from one draw: average over more for less noise.
+    For measuring, not for training: it has no gradient.
 
     Args:
         z0: `(B, ...)`, clean data.
@@ -50,9 +50,8 @@ def variational_bound(
     terms = []
     for t, sigma2 in enumerate(sigmas2):
         before, now = levels[t], levels[t + 1]
-        z = now**0.5 * z0 + (1 - now) ** 0.5 * draw(z0.shape[1:]).to(z0)
-        output = denoiser(z, torch.full((len(z),), t, device=z.device))
-        guess, _ = split_prediction(prediction, output, z, alphas_cumprod[t].to(z))
+        z = now**0.5 * z0 + (1 - now) ** 0.5 * fresh_noise(draw, z0)
+        guess, _ = clean_and_noise(denoiser, z, t, now, prediction)
         # Equation 7: the true and the guessed mean differ by this much of what z_0 and its guess differ.
         beta = 1 - now / before
         share = before**0.5 * beta / (1 - now)
@@ -72,8 +71,15 @@ def reverse_variances(alphas_cumprod: Tensor, variance: str | Tensor) -> Tensor:
 
     β_t is exact for data N(0, I), β̃_t for a single point. At the decoder's step, the first, β̃ would be 0:
     as in Ho et al.'s code it takes the second's.
+
+    Raises:
+        UserError: another word, or a tensor of another length.
     """
     if isinstance(variance, Tensor):
+        if variance.shape != alphas_cumprod.shape:
+            raise UserError(
+                f"Give a variance for each of {len(alphas_cumprod)} steps, not {tuple(variance.shape)}."
+            )
         return variance
     betas = respaced_betas(alphas_cumprod, range(len(alphas_cumprod)))
     if variance == "beta":

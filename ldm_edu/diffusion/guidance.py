@@ -17,7 +17,7 @@ def guided(
 
     Args:
         predict: the network, `(z, t, context) -> prediction`.
-        context, null_context: `(B, M, d)`, with the condition and without.
+        context, null_context: both `(B, M, d)`, with the condition and without.
         scale: s; 1 is no guidance.
     """
     if scale == 1:

@@ -47,9 +47,10 @@ class GaussianMixture:
 
     def predict(self, prediction: str, z: Tensor, alpha_cumprod: Tensor) -> Tensor:
         """E[what a network learns | z_t]: "eps", "x0" or "v", as `training_target`, or "score"; 0 < ᾱ < 1."""
-        level = torch.as_tensor(alpha_cumprod, dtype=z.dtype, device=z.device)
+        exact = z.to(torch.promote_types(z.dtype, torch.float32))
+        level = torch.as_tensor(alpha_cumprod, dtype=exact.dtype, device=z.device)
         shaped = level.view(-1, *[1] * (z.ndim - 1)) if level.ndim else level
-        return convert(self.score(z, alpha_cumprod), z, shaped, "score", prediction)
+        return convert(self.score(exact, alpha_cumprod), exact, shaped, "score", prediction).to(z.dtype)
 
     def denoiser(self, alphas_cumprod: Tensor, prediction: str = "eps") -> Callable[[Tensor, Tensor], Tensor]:
         """The best denoiser `(z, t) -> prediction` of this data, for a sampler on `alphas_cumprod`."""

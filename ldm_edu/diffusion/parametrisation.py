@@ -1,4 +1,7 @@
-"""What the network predicts: the noise ε (the paper), the clean latent x0, or the velocity v; each gives the others."""
+"""What the network predicts: the noise ε (the paper), the clean latent x0, or the velocity v; each gives the others.
+
+In all functions `alpha_cumprod` is ᾱ as one number, or shaped to multiply z, `(B, 1, 1, 1)` (see `Schedule.at`).
+"""
 
 from __future__ import annotations
 

@@ -8,15 +8,17 @@ What all of them take:
     noise: `(B, c, h, w)`, the start.
     alphas_cumprod: `(T,)` of the schedule, or of any other sequence that falls as the index rises. So a schedule
         in continuous time is one too: give the levels that the steps are to visit, and index them.
-    timesteps: falling indices into it, where the denoiser is called.
+    timesteps: falling indices into it, at least one, where the denoiser is called.
     prediction: what the denoiser answers, "eps", "x0" or "v".
     stop: the index of the level where the last step ends; -1, as everywhere, is the clean latent.
-All raise UserError for timesteps that do not fall. A first ᾱ of 0 (no signal at all) suits "x0" and "v", not PLMS.
+All raise UserError for timesteps that are no indices or do not fall, and for a first ᾱ of 0 (no signal at all), which
+suits "x0" and "v" but neither "eps" nor PLMS. Latents in half precision keep theirs; in between it is single.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
@@ -57,19 +59,22 @@ def ddim(
     """DDIM (Song et al. 2021, equation 12): deterministic at eta = 0, ancestral sampling at eta = 1.
 
     Args:
+        eta: from 0 to 1.
         draw: gives fresh noise for a batch, `(c, h, w) -> (B, c, h, w)`; needed where eta > 0.
     """
+    if not 0 <= eta <= 1:
+        raise UserError(f"eta lies between 0 (deterministic) and 1 (ancestral); it is {eta}.")
     if eta > 0 and draw is None:
         raise UserError(f"With eta = {eta} each step adds noise: say where it comes from (draw=...).")
     z = z0 = noise
-    for t, now, following in _levels(alphas_cumprod, timesteps, stop):
-        z0, epsilon = _predict(denoiser, z, t, now, prediction)
+    for t, now, following in _levels(alphas_cumprod, timesteps, stop, prediction):
+        z0, epsilon = clean_and_noise(denoiser, z, t, now, prediction)
         yield Step(t, z, z0)
         # Equation 16 of Song et al.: eta = 1 gives the posterior's own standard deviation.
         sigma = eta * ((1 - following) / (1 - now) * (1 - now / following)) ** 0.5
         z = following**0.5 * z0 + max(1 - following - sigma**2, 0.0) ** 0.5 * epsilon
         if sigma > 0:
-            z = z + sigma * draw(z.shape[1:]).to(z)
+            z = z + sigma * fresh_noise(draw, z)
     yield Step(stop, z, z if stop < 0 else z0)
 
 
@@ -94,8 +99,8 @@ def ddpm(
     if variance not in ("posterior", "beta"):
         raise UserError(f"The variance is 'posterior' or 'beta', not {variance!r}.")
     z = z0 = noise
-    for t, now, following in _levels(alphas_cumprod, timesteps, stop):
-        z0, _ = _predict(denoiser, z, t, now, prediction)
+    for t, now, following in _levels(alphas_cumprod, timesteps, stop, prediction):
+        z0, _ = clean_and_noise(denoiser, z, t, now, prediction)
         yield Step(t, z, z0)
         alpha = now / following
         beta = 1 - alpha
@@ -103,7 +108,7 @@ def ddpm(
         z = following**0.5 * beta / (1 - now) * z0 + alpha**0.5 * (1 - following) / (1 - now) * z
         sigma2 = beta * (1 - following) / (1 - now) if variance == "posterior" else beta
         if following < 1 and sigma2 > 0:
-            z = z + sigma2**0.5 * draw(z.shape[1:]).to(z)
+            z = z + sigma2**0.5 * fresh_noise(draw, z)
     yield Step(stop, z, z if stop < 0 else z0)
 
 
@@ -137,15 +142,14 @@ def plms(
     """
     z = z0 = noise
     past: deque[Tensor] = deque(maxlen=4)
-    for (t, now, following), upcoming in zip(
-        _levels(alphas_cumprod, timesteps, stop), [*timesteps[1:], stop]
-    ):
-        z0, epsilon = _predict(denoiser, z, t, now, prediction)
+    levels = _levels(alphas_cumprod, timesteps, stop, "eps")
+    for (t, now, following), upcoming in zip(levels, [*(t for t, *_ in levels[1:]), stop]):
+        z0, epsilon = clean_and_noise(denoiser, z, t, now, prediction)
         yield Step(t, z, z0)
         past.appendleft(epsilon)
         if len(past) == 1 and upcoming >= 0:
             there = _along(epsilon, z, now, following)
-            epsilon = (epsilon + _predict(denoiser, there, upcoming, following, prediction)[1]) / 2
+            epsilon = (epsilon + clean_and_noise(denoiser, there, upcoming, following, prediction)[1]) / 2
         else:
             epsilon = sum(w * e for w, e in zip(ADAMS_BASHFORTH[len(past)], past))
         z = _along(epsilon, z, now, following)
@@ -171,23 +175,53 @@ def dpm_solver(
     """
     z = z0 = noise
     before, width_before = None, 0.0
-    for i, (t, now, following) in enumerate(_levels(alphas_cumprod, timesteps, stop), start=1):
-        z0, _ = _predict(denoiser, z, t, now, prediction)
+    levels = _levels(alphas_cumprod, timesteps, stop, prediction)
+    for i, (t, now, following) in enumerate(levels, start=1):
+        z0, _ = clean_and_noise(denoiser, z, t, now, prediction)
         yield Step(t, z, z0)
         # e^{-h}, where h is the step's width in λ: 0 where the step leads to the clean latent
         decay = (now / following * (1 - following) / (1 - now)) ** 0.5
         width = -math.log(decay) if decay > 0 else math.inf
         direction = z0
-        if before is not None and width < math.inf and not (lower_order_final and i == len(timesteps)):
+        if before is not None and width < math.inf and not (lower_order_final and i == len(levels)):
             direction = z0 + (z0 - before) * width / (2 * width_before)
         z = ((1 - following) / (1 - now)) ** 0.5 * z + following**0.5 * (1 - decay) * direction
         before, width_before = z0, width
     yield Step(stop, z, z if stop < 0 else z0)
 
 
-def _levels(alphas_cumprod: Tensor, timesteps: Sequence[int], stop: int) -> list[tuple[int, float, float]]:
+def fresh_noise(draw: Draw, z: Tensor) -> Tensor:
+    """Noise of the shape of `z`, from a `draw` that is checked to give as much."""
+    noise = draw(z.shape[1:])
+    if noise.shape != z.shape:
+        raise UserError(f"draw must give noise for the whole batch, {tuple(z.shape)}; it gave {tuple(noise.shape)}.")
+    return noise.to(z)
+
+
+def clean_and_noise(
+    denoiser: Denoiser, z: Tensor, t: int, level: float, prediction: str
+) -> tuple[Tensor, Tensor]:
+    """Ask the denoiser: the clean latent and the noise that it sees in z, whose ᾱ is `level`."""
+    output = denoiser(z, torch.full((len(z),), t, device=z.device))
+    exact = torch.promote_types(z.dtype, torch.float32)  # half precision would round an ᾱ of nearly 1 to 1
+    z0, noise = split_prediction(prediction, output.to(exact), z.to(exact), torch.tensor(level, dtype=exact))
+    return z0.to(z.dtype), noise.to(z.dtype)
+
+
+def _levels(
+    alphas_cumprod: Tensor, timesteps: Sequence[int], stop: int, prediction: str
+) -> list[tuple[int, float, float]]:
     """Each timestep with its ᾱ, and the ᾱ that its step leads to; the last step leads to `stop`'s, or to 1."""
-    levels = alphas_cumprod[list(timesteps)].tolist()
+    try:
+        timesteps, last = [operator.index(t) for t in timesteps], len(alphas_cumprod) - 1
+    except TypeError as error:
+        raise UserError(f"Timesteps are integers, indices into alphas_cumprod, but {error}.") from error
+    if not timesteps or not 0 <= min(timesteps) <= max(timesteps) <= last or not -1 <= stop <= last:
+        raise UserError(
+            f"There must be at least one timestep, all between 0 and {last}, and stop between -1 and {last}; "
+            f"the timesteps are {timesteps}, stop is {stop}."
+        )
+    levels = alphas_cumprod[timesteps].tolist()
     levels.append(1.0 if stop < 0 else alphas_cumprod[stop].item())
     for t, (now, following) in zip(timesteps, pairwise(levels)):
         if not 0 <= now < following <= 1:
@@ -195,15 +229,14 @@ def _levels(alphas_cumprod: Tensor, timesteps: Sequence[int], stop: int) -> list
                 f"A sampler goes from noise to the clean latent: timesteps fall, and ᾱ rises with each step. "
                 f"The step from t = {t} leads from ᾱ = {now:.6g} to {following:.6g}."
             )
+    if levels[0] == 0 and prediction == "eps":
+        raise UserError(
+            f"At t = {timesteps[0]} there is no signal (ᾱ = 0), and the noise alone does not lead to a clean latent. "
+            "Take a model of x0 or v, and ddim, ddpm or dpm_solver."
+        )
     return list(zip(timesteps, levels, levels[1:]))
 
 
 def _along(epsilon: Tensor, z: Tensor, now: float, following: float) -> Tensor:
     """From one level to the next along a noise: DDIM's step at eta = 0."""
     return following**0.5 * (z - (1 - now) ** 0.5 * epsilon) / now**0.5 + (1 - following) ** 0.5 * epsilon
-
-
-def _predict(denoiser: Denoiser, z: Tensor, t: int, level: float, prediction: str) -> tuple[Tensor, Tensor]:
-    """Ask the denoiser: the clean latent and the noise that it sees in z, whose ᾱ is `level`."""
-    output = denoiser(z, torch.full((len(z),), t, device=z.device))
-    return split_prediction(prediction, output, z, torch.tensor(level, dtype=z.dtype, device=z.device))

@@ -52,9 +52,9 @@ class Schedule:
             raise UserError(f"There is no schedule {kind!r}; there are {', '.join(SCHEDULES)}.")
         start = RANGES[kind][0] if start is None else start
         end = RANGES[kind][1] if end is None else end
-        if T < 1 or not 0 <= start <= end < 1:
+        if T < 1 or not 0 <= start <= end < 1 or (start == 0 and kind != "cosine") or end == 0:
             raise UserError(
-                f"A schedule needs T ≥ 1 and 0 ≤ start ≤ end < 1, not T={T}, start={start}, end={end}."
+                f"A schedule needs T ≥ 1 and 0 < start ≤ end < 1, not T={T}, start={start}, end={end}."
             )
         self.kind, self.T, self.start, self.end = kind, T, start, end
         self.betas = SCHEDULES[kind](T, start, end)
@@ -67,9 +67,15 @@ class Schedule:
     def add_noise(self, z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """A sample of q(z_t | z_0) = N(√ᾱ_t z_0, (1 - ᾱ_t) I), from its noise; `t` (B,) integers."""
         signal = self.at(t, z0)
-        return signal.sqrt() * z0 + (1 - signal).sqrt() * noise
+        return (signal.sqrt() * z0 + (1 - signal).sqrt() * noise).to(z0.dtype)
 
     def at(self, t: Tensor, like: Tensor) -> Tensor:
-        """ᾱ_t for each picture of a batch, shaped to multiply `like`."""
-        level = self.alphas_cumprod[t.cpu()].to(like.dtype).to(like.device)
+        """ᾱ_t for each picture of a batch, shaped to multiply `like`; at least in single precision.
+
+        Raises:
+            UserError: timesteps that are no integers.
+        """
+        if t.is_floating_point():
+            raise UserError(f"Timesteps are integers from 0 to {self.T - 1}, not of type {t.dtype}.")
+        level = self.alphas_cumprod[t.cpu()].to(torch.promote_types(like.dtype, torch.float32)).to(like.device)
         return level.view(-1, *[1] * (like.ndim - 1))

@@ -18,16 +18,18 @@ def spaced_timesteps(T: int, num_steps: int, spacing: str = "trailing") -> list[
 
     Args:
         spacing: "trailing", even, and the first is always the noisiest, T-1 (Lin et al. 2023, table 2);
-            "uniform", even from 1 up by T // num_steps, as in the paper's released code. Its first is below T-1,
-            and far below where T is no multiple of num_steps: that code then adds steps, this one does not.
+            "uniform", even from 1 up by T // num_steps, as in the paper's released code. With few steps its first is
+            well below T-1 (with one step it is t = 1), the more so where T is no multiple of num_steps: that code
+            then adds steps, this one does not.
             "quadratic", dense where it is clean (Song et al. 2021, appendix D.2), up to 0.8 T as in both released
             codes. Where their timesteps coincide (from 30 of 1000 on) this one moves them apart.
 
     Raises:
         UserError: a number of steps outside 1 .. T, or an unknown spacing.
     """
-    if not 1 <= num_steps <= T:
-        raise UserError(f"The number of steps lies between 1 and {T}; it is {num_steps}.")
+    if not (1 <= num_steps <= T and num_steps == int(num_steps)):
+        raise UserError(f"The number of steps is an integer between 1 and {T}; it is {num_steps}.")
+    num_steps = int(num_steps)
     if spacing == "trailing":
         return [round(T * (1 - i / num_steps)) - 1 for i in range(num_steps)]
     if spacing == "uniform":
@@ -55,5 +57,5 @@ def respaced_betas(alphas_cumprod: Tensor, timesteps: Sequence[int]) -> Tensor:
     Returns:
         `(len(timesteps),)`, the cleanest first.
     """
-    levels = alphas_cumprod[sorted(timesteps)]
+    levels = alphas_cumprod[sorted(int(t) for t in timesteps)]
     return 1 - levels / torch.cat([levels.new_ones(1), levels[:-1]])

@@ -103,7 +103,13 @@ class Overlaps(NamedTuple):
 def overlaps(
     model: LatentDiffusion, scenes: ShapeScenes, found: Pairs, timesteps: tuple[int, ...] = TIMESTEPS
 ) -> Overlaps:
-    """The overlap of each of `true_pairs`. Equal weights make 1. Picture i has noise of seed i at every timestep."""
+    """The overlap of each of `true_pairs`. Equal weights make 1. Picture i has noise of seed i at every timestep.
+
+    Raises:
+        UserError: a timestep that the model's schedule does not have.
+    """
+    if not 0 <= min(timesteps) <= max(timesteps) < model.schedule.T:
+        raise UserError(f"The model's timesteps are 0 to {model.schedule.T - 1}; these are {timesteps}.")
     index = range(len(scenes))
     z0 = torch.cat([model.to_latent(scenes.images(index[part])) for part in batches(len(scenes), 64)])
     context, draws = model.context(scenes.captions(index, full=True)), noise(z0.shape[1:], index).to(z0)

@@ -24,7 +24,7 @@ from ldm_edu.evaluation.reconstruction import (
     reconstruct,
     ssim,
 )
-from ldm_edu.runtime import REPOSITORY, autocast, has_fast_bfloat16, pick_device, progress
+from ldm_edu.runtime import REPOSITORY, UserError, autocast, has_fast_bfloat16, pick_device, progress
 from ldm_edu.training.photographs import photographs
 
 PATCH = 64  # pixels; the Fréchet distance is between sets of patches of this side
@@ -72,19 +72,27 @@ def frechet_distance(originals: Sequence[Tensor], restored: Sequence[Tensor], ju
 
     Patches do not overlap; what is left at the right and lower edge is left out. Small sets give large values: compare
     only what was measured on the same pictures.
+
+    Raises:
+        UserError: fewer than two patches in one of the sets.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance  # takes seconds to import
 
+    sets = [[patches for image in images if len(patches := _patches(image))] for images in (originals, restored)]
+    if min(sum(map(len, patches)) for patches in sets) < 2:
+        raise UserError(f"A Fréchet distance needs at least two patches of {PATCH} × {PATCH} pixels in each set.")
     features = PatchFeatures(copy.deepcopy(judge))
     metric = FrechetInceptionDistance(feature=features, input_img_size=(3, PATCH, PATCH))
     metric.set_dtype(torch.float64)  # of the copy, too
-    for images, real in ((originals, True), (restored, False)):
-        for image in images:
-            metric.update(_patches(image), real=real)
+    for patches, real in zip(sets, (True, False), strict=True):
+        for some in patches:
+            metric.update(some, real=real)
     return float(metric.compute())
 
 
 def _patches(image: Tensor) -> Tensor:
+    if min(image.shape[1:]) < PATCH:
+        return image.new_empty(0, 3, PATCH, PATCH)
     levels = ((image.clamp(-1, 1) + 1) * 127.5).round().byte()
     tiles = levels.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH)
     return tiles.permute(1, 2, 0, 3, 4).flatten(0, 1)
@@ -139,7 +147,12 @@ def compare(first_stages: dict[str, FirstStage], images: Sequence[Tensor]) -> di
 
     Returns:
         {"rows": [a `Row` as a dictionary, ...], "images": how many}
+
+    Raises:
+        UserError: no first stage, or too few pictures.
     """
+    if not first_stages or not images:
+        raise UserError(f"Give first stages and pictures: these are {len(first_stages)} and {len(images)}.")
     judge = PerceptualNetwork.load("perceptual-judge").to(next(iter(first_stages.values())).device)
     rows = [measure(name, stage, images, judge) for name, stage in first_stages.items()]
     for f in sorted({stage.f for stage in first_stages.values()} - {1}):

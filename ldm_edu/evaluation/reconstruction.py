@@ -82,7 +82,13 @@ def bicubic_copy(images: Tensor, f: int) -> Tensor:
 
 
 def psnr(restored: Tensor, original: Tensor) -> float:
-    """Peak signal-to-noise ratio of two images `(3, H, W)`, in dB, at 8 bits; at most `EQUAL_PSNR`."""
+    """Peak signal-to-noise ratio of two images `(3, H, W)`, in dB, at 8 bits; at most `EQUAL_PSNR`.
+
+    Raises:
+        UserError: images of two shapes.
+    """
+    if restored.shape != original.shape:
+        raise UserError(f"The images differ in shape: {tuple(restored.shape)} and {tuple(original.shape)}.")
     error = (_levels(restored) - _levels(original)).square().mean().item()
     return min(10 * math.log10(255**2 / error), EQUAL_PSNR) if error > 0 else EQUAL_PSNR
 

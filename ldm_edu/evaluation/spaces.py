@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from ldm_edu.datasets.shapes import ShapeScenes
 from ldm_edu.evaluation.comparison import frechet_distance
 from ldm_edu.evaluation.faithfulness import wanted_things
 from ldm_edu.pipeline import LatentDiffusion
-from ldm_edu.runtime import batches, has_fast_bfloat16, progress
+from ldm_edu.runtime import UserError, batches, has_fast_bfloat16, progress
 
 
 def measure(model: LatentDiffusion, pictures: int = 128, seed: int = 1, batch_size: int = 16) -> dict[str, Any]:
@@ -35,9 +36,15 @@ def measure(model: LatentDiffusion, pictures: int = 128, seed: int = 1, batch_si
 
     Returns:
         "faithful" (share of pictures with the shape, colour and size of the caption), "readable" (share with one
-        object of any kind), "frechet" (`frechet_distance` to the true scenes), "pictures_per_second" (drawn and
-        decoded), "pictures" and "sampling_seed".
+        object of any kind), "shape", "colour" and "size" (share of the readable in which it is right; None if none is
+        readable), "frechet" (`frechet_distance` to the true scenes), "pictures_per_second" (drawn and decoded),
+        "pictures" and "scenes_seed" (of the captions; picture i is drawn from seed i).
+
+    Raises:
+        UserError: no picture, or seed 0, which makes the training scenes.
     """
+    if pictures < 1 or seed == 0:
+        raise UserError(f"Ask for at least one picture, and not of seed 0, which trains: {pictures}, seed {seed}.")
     scenes = ShapeScenes(model.latent_size * model.first_stage.f, count=pictures, seed=seed, objects=(1, 1))
     captions, parts, began = scenes.captions(range(pictures), full=True), [], time.perf_counter()
     precision = "bfloat16" if has_fast_bfloat16(model.device) else "float32"
@@ -46,14 +53,20 @@ def measure(model: LatentDiffusion, pictures: int = 128, seed: int = 1, batch_si
         parts.append(model.sample(captions[part], seeds=seeds, precision=precision))
     seconds, images = time.perf_counter() - began, torch.cat(parts)
     readings = read_scenes(images)
-    right = sum(map(agrees, readings, wanted_things(scenes)))
+    wanted = wanted_things(scenes)
+    right = sum(map(agrees, readings, wanted))
+    read = [(r.things[0], w[0]) for r, w in zip(readings, wanted, strict=True) if len(r.things) == 1]
     true = scenes.images(range(pictures)).cpu()
     return {
         "faithful": right / pictures,
-        "readable": sum(len(reading.things) == 1 for reading in readings) / pictures,
+        "readable": len(read) / pictures,
+        **{
+            name: fmean(getattr(seen, name) == getattr(asked, name) for seen, asked in read) if read else None
+            for name in ("shape", "colour", "size")
+        },
         "frechet": frechet_distance(list(true), list(images), PerceptualNetwork.load("perceptual-judge")),
         "pictures_per_second": pictures / seconds,
-        **{"pictures": pictures, "sampling_seed": seed},
+        **{"pictures": pictures, "scenes_seed": seed},
     }
 
 

@@ -33,6 +33,8 @@ def schedule_from_diffusers(config: Mapping[str, Any]) -> tuple[Schedule, str]:
         for name in ("trained_betas", "rescale_betas_zero_snr"):
             if config.get(name):
                 raise UserError(f"A schedule here cannot have {name} = {config[name]!r}: its β follow a formula as is.")
+        if config.get("snr_shift_scale", 1) not in (None, 1):
+            raise UserError(f"A schedule here cannot have snr_shift_scale = {config['snr_shift_scale']!r}: it moves ᾱ.")
         start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
         if kind == "squaredcos_cap_v2":
             start, end = 0.0, LARGEST

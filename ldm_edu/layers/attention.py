@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm_edu.runtime import UserError
+
 KeyValue = tuple[Tensor, Tensor]
 # What an attention reads: a sequence, the K and V that were made of it beforehand (for each layer), or itself.
 Context = Tensor | dict[nn.Module, KeyValue] | None
@@ -14,8 +16,7 @@ Context = Tensor | dict[nn.Module, KeyValue] | None
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √d) v for `q` (B, heads, N, d), `k` and `v` (B, heads, M, d): `(B, heads, N, d)`.
 
-    Every attention of the package goes through this one function. As `Attention.attend` it can be swapped in one layer,
-    to look at the maps.
+    Every attention of the package goes through this one function.
     """
     if q.device.type == "cpu" and q.requires_grad:
         # The fused kernel is slow backwards on CPUs: a whole training step takes 1.6 times as long with it.
@@ -33,16 +34,17 @@ class Attention(nn.Module):
         channels: width of the sequence.
         context_channels: width of the context; None for self-attention.
         heads: number of heads; `channels` is divided among them.
-    """
 
-    attend = staticmethod(attend)
+    Raises:
+        UserError: they cannot be.
+    """
 
     def __init__(
         self, channels: int, heads: int, context_channels: int | None = None, bias: bool = False
     ) -> None:
         super().__init__()
-        if channels % heads:
-            raise ValueError(f"{channels} channels cannot be divided among {heads} heads.")
+        if heads < 1 or channels % heads:
+            raise UserError(f"{channels} channels cannot be divided among {heads} heads.")
         self.heads = heads
         source = context_channels or channels
         self.query = nn.Linear(channels, channels, bias=bias)
@@ -60,8 +62,16 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Context = None) -> Tensor:
         """`x` (B, N, channels), `context` (B, M, context_channels): `(B, N, channels)`."""
-        k, v = context[self] if isinstance(context, dict) else self.project(x if context is None else context)
-        return self.out(rearrange(self.attend(self.split(self.query(x)), k, v), "b h n d -> b n (h d)"))
+        k, v = self.keys_and_values(x, context)
+        return self.out(rearrange(attend(self.queries(x), k, v), "b h n d -> b n (h d)"))
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Q of `x` (B, N, channels), divided among the heads."""
+        return self.split(self.query(x))
+
+    def keys_and_values(self, x: Tensor, context: Context = None) -> KeyValue:
+        """K and V of what `x` attends to: of the context, kept from before or made now, or of `x` itself."""
+        return context[self] if isinstance(context, dict) else self.project(x if context is None else context)
 
 
 class AttentionBlock(nn.Module):

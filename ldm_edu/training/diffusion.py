@@ -119,7 +119,7 @@ def train_diffusion(
     device = pick_device()
     cache = out.with_name(out.name + ".latents.safetensors") if out else None
     mean, std = (t.to(device) for t in encode_all(model.first_stage, get_images, settings.pictures, cache))
-    # Equation of section 4.3.2 and appendix D: one scalar brings the latent to unit standard deviation.
+    # Section 4.3.2 and appendix G: one scalar brings the latent to unit standard deviation.
     model.latent_scale = round(1 / mean[:4096].float().std().item(), 6)
     model.latent_size = mean.shape[-1]
     tokens = model.conditioner.tokenize(captions).to(device)

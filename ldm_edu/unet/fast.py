@@ -72,6 +72,7 @@ class Denoiser:
     @torch.no_grad()
     def __call__(self, z: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
         """`z` (B, c, h, w), `t` (B,), `context` (B, M, d): the prediction, in single precision."""
+        self.unet.check(z, t, context)
         dtype = self.unet.conv_in.weight.dtype
         if context is not None and context is not self._context:
             self._context, self._kept = context, keys_and_values(self.unet, context.to(dtype))
@@ -90,5 +91,5 @@ class Denoiser:
 
 
 def versions(unet: UNet) -> list[tuple[int, int, torch.device]]:
-    """Which weights these are: changes when they are trained, loaded or moved."""
+    """Which weights these are: changes when they are trained, loaded or moved, but not when written through `.data`."""
     return [(id(p), p._version, p.device) for p in unet.parameters()]

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ldm_edu.layers.attention import Attention, Context
 from ldm_edu.unet.transformer import SpatialTransformer
-
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -36,24 +35,22 @@ def attention_maps(unet: nn.Module) -> Iterator[list[AttentionMap]]:
 
     The outputs are those without it: the maps are computed beside the network's own attention, whichever kernel that
     takes. They have no gradient, and at least single precision. `maps.clear()` forgets them, for instance at each step.
+    Several may be open at once, and close in any order; each then records all calls, whoever makes them.
     """
     maps: list[AttentionMap] = []
-    hooks, changed = [], []
+    hooks = []
     for name, module in unet.named_modules():
         if isinstance(module, SpatialTransformer):
             size = _Size()
             hooks.append(module.register_forward_pre_hook(size.note))
             for i, block in enumerate(module.blocks):
-                layer = block.cross_attention
-                changed.append((layer, layer.attend))
-                layer.attend = _recording(f"{name}.blocks.{i}.cross_attention", layer.attend, size, maps)
+                record = _recorder(f"{name}.blocks.{i}.cross_attention", size, maps)
+                hooks.append(block.cross_attention.register_forward_pre_hook(record))
     try:
         yield maps
     finally:
         for hook in hooks:
             hook.remove()
-        for layer, before in changed:
-            layer.attend = before
 
 
 class _Size:
@@ -63,12 +60,12 @@ class _Size:
         self.height, self.width = inputs[0].shape[2:]
 
 
-def _recording(name: str, attend: Attend, size: _Size, maps: list[AttentionMap]) -> Attend:
-    def recorded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with torch.no_grad():
-            logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-            weights = logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+def _recorder(name: str, size: _Size, maps: list[AttentionMap]) -> Callable[[Attention, tuple[Tensor, Context]], None]:
+    @torch.no_grad()
+    def record(layer: Attention, inputs: tuple[Tensor, Context]) -> None:
+        q, (k, _) = layer.queries(inputs[0]), layer.keys_and_values(*inputs)
+        logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        weights = logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         maps.append(AttentionMap(name, weights, size.height, size.width))
-        return attend(q, k, v)
 
-    return recorded
+    return record

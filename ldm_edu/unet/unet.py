@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,79 +11,14 @@ from torch import Tensor, nn
 from ldm_edu.layers import AttentionBlock, Downsample, ResidualBlock, Upsample
 from ldm_edu.layers.attention import Context
 from ldm_edu.runtime import UserError
+from ldm_edu.unet.config import UNetConfig
 from ldm_edu.unet.transformer import SpatialTransformer
 
 
-@dataclass(frozen=True)
-class UNetConfig:
-    """The shape of a UNet; the defaults are Stable Diffusion 1's.
-
-    Args:
-        in_channels: of the latent, with whatever is concatenated to it.
-        out_channels: of the prediction.
-        channels: width of the first level; level i is `channels * channel_multipliers[i]` wide.
-        blocks: residual blocks a level on the way down; one more on the way up.
-        attention_levels: levels (0 is the latent's resolution) with attention after each residual block; the middle,
-            at the lowest resolution, always has it.
-        heads: of every attention, unless `head_channels` is given.
-        context_channels: width of the condition's sequence, which SpatialTransformers read. None without one: then
-            attention is an AttentionBlock, of the pixels to one another.
-        transformer_depth: transformer blocks in each SpatialTransformer, or a number for each level; the middle has
-            the last level's.
-        groups: of every group norm.
-        scale_shift: the timestep scales and shifts the residual blocks' norms (ADM) instead of being added.
-        head_channels: width of every head (ADM): wider levels have more heads.
-        num_classes: of the labels, whose embedding is added to the timestep's; None without labels.
-    """
-
-    in_channels: int = 4
-    out_channels: int = 4
-    channels: int = 320
-    channel_multipliers: tuple[int, ...] = (1, 2, 4, 4)
-    blocks: int = 2
-    attention_levels: tuple[int, ...] = (0, 1, 2)
-    heads: int = 8
-    context_channels: int | None = 768
-    transformer_depth: int | tuple[int, ...] = 1
-    groups: int = 32
-    scale_shift: bool = False
-    head_channels: int | None = None
-    num_classes: int | None = None
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels of each level."""
-        return tuple(self.channels * m for m in self.channel_multipliers)
-
-    def heads_at(self, level: int) -> int:
-        """How many heads each attention of a level has.
-
-        Raises:
-            UserError: the level's width is no multiple of `head_channels`.
-        """
-        width, head = self.widths[level], self.head_channels
-        if head and width % head:
-            raise UserError(f"Level {level}, {width} channels wide, cannot be divided into heads of {head} channels.")
-        return width // head if head else self.heads
-
-    def depth_at(self, level: int) -> int:
-        """How many transformer blocks each SpatialTransformer of a level has.
-
-        Raises:
-            UserError: there is not one `transformer_depth` for each level.
-        """
-        depth = self.transformer_depth
-        if isinstance(depth, int):
-            return depth
-        if len(depth) != len(self.widths):
-            raise UserError(f"transformer_depth {depth} must have a number for each of {len(self.widths)} levels.")
-        return depth[level]
-
-
 def timestep_embedding(t: Tensor, channels: int, slowest: float = 10_000.0) -> Tensor:
-    """[cos, sin] of t at `channels / 2` frequencies from 1 down to 1/slowest: `(B, channels)`.
+    """[cos, sin] of t at `channels / 2` frequencies, slowest^(-2i / channels) from i = 0 on: `(B, channels)`.
 
-    As in the released code: cosines first, and no shift of the frequencies.
+    As in the released code: cosines first, and the next frequency in the row, not the last, would be 1 / slowest.
     """
     half = channels // 2
     frequencies = torch.exp(
@@ -228,20 +162,9 @@ class UNet(nn.Module):
         h and w must be multiples of 2 ** (number of levels - 1).
 
         Raises:
-            UserError: another height or width; a context or labels that the network has no use for, or none where it
-                needs them.
+            UserError: other shapes; a context or labels that the network has no use for, or none where it needs them.
         """
-        (height, width), step = z.shape[2:], 2 ** (len(self.down) - 1)
-        if height % step or width % step:
-            raise UserError(
-                f"This UNet halves its input {len(self.down) - 1} times: height and width must be multiples of {step}, "
-                f"not {height} × {width}."
-            )
-        wanted = {"context": self.config.context_channels, "labels": self.config.num_classes}
-        for (name, width), given in zip(wanted.items(), (context, labels), strict=True):
-            if (given is None) != (width is None):
-                told = f"with {name}: give it {name}." if width else f"without {name}: give it none."
-                raise UserError(f"This UNet was made {told}")
+        self.check(z, t, context, labels)
         time = self.time(t) if self.label is None else self.time(t) + self.label(labels)
         h = self.conv_in(z)
         skips = [h]
@@ -253,6 +176,32 @@ class UNet(nn.Module):
         for level in self.up:
             h = level(h, skips, time, context)
         return self.conv_out(F.silu(self.norm_out(h)))
+
+    def check(self, z: Tensor, t: Tensor, context: Context = None, labels: Tensor | None = None) -> None:
+        """The errors of `forward`, before anything is computed."""
+        if z.ndim != 4 or z.shape[1] != self.config.in_channels:
+            raise UserError(f"This UNet takes (B, {self.config.in_channels}, h, w), not {tuple(z.shape)}.")
+        (height, width), step = z.shape[2:], 2 ** (len(self.down) - 1)
+        if height % step or width % step:
+            raise UserError(
+                f"This UNet halves its input {len(self.down) - 1} times: height and width must be multiples of {step}, "
+                f"not {height} × {width}."
+            )
+        wanted = {"context": self.config.context_channels, "labels": self.config.num_classes}
+        for (name, width), given in zip(wanted.items(), (context, labels), strict=True):
+            if (given is None) != (width is None):
+                told = f"with {name}: give it {name}." if width else f"without {name}: give it none."
+                raise UserError(f"This UNet was made {told}")
+        for name, numbers in (("t", t), ("labels", labels)):
+            if numbers is not None and numbers.shape != z.shape[:1]:
+                raise UserError(f"{name} must hold a number for each of {len(z)} latents, not {tuple(numbers.shape)}.")
+        if isinstance(context, Tensor):
+            batch, *_, channels = context.shape
+            if context.ndim != 3 or (batch, channels) != (len(z), self.config.context_channels):
+                raise UserError(
+                    f"The context of this UNet is (B, M, {self.config.context_channels}), with B = {len(z)} here, "
+                    f"not {tuple(context.shape)}."
+                )
 
 
 def _residual(config: UNetConfig, in_channels: int, out_channels: int) -> ResidualBlock:

@@ -39,7 +39,7 @@ class AttentionExplorer(StillBox):
         scale: how many times the pictures are enlarged.
 
     Raises:
-        UserError: there is not one map for each word and step.
+        UserError: there are no maps, or not one for each word and step.
     """
 
     text = "The attention explorer: run the cell to move its sliders."
@@ -49,7 +49,7 @@ class AttentionExplorer(StillBox):
         start: tuple[int, int, int] = (0, 0, 0), still_words: Sequence[int] = (0,), scale: float = 4,
     ) -> None:  # fmt: skip
         wrong = {k: tuple(m.shape[:2]) for k, m in maps.items() if m.shape[:2] != (len(timesteps), len(words))}
-        if wrong or len(pictures) != len(timesteps):
+        if wrong or not maps or len(pictures) != len(timesteps):
             told = f"{len(timesteps)} steps, {len(words)} words"
             raise UserError(f"Give a picture a step, and maps (steps, words, h, w): {told}; maps {wrong}.")
         self.words, self.timesteps, self.pictures, self.maps = list(words), list(timesteps), pictures, dict(maps)

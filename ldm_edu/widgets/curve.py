@@ -11,6 +11,7 @@ from ipywidgets import HTML
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ldm_edu.runtime import UserError
 from ldm_edu.widgets.pictures import img_tag, png
 from ldm_edu.widgets.still import StillBox
 
@@ -41,7 +42,13 @@ class LossCurve(StillBox):
         self.add_class("ldm-curve")
 
     def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Note a step's metrics; draw, unless the last drawing is younger than `every` seconds."""
+        """Note a step's metrics; draw, unless the last drawing is younger than `every` seconds.
+
+        Raises:
+            UserError: one that is to be drawn is not among them.
+        """
+        if missing := [name for name in self.names if name not in metrics]:
+            raise UserError(f"This curve draws {', '.join(missing)}, but the metrics are {', '.join(metrics)}.")
         self.steps.append(step)
         for name in self.names:
             self.values[name].append(float(metrics[name]))
@@ -88,9 +95,11 @@ class LossCurve(StillBox):
 
 
 def _smooth(values: list[float], share: float = 0.05) -> np.ndarray:
-    """The mean of the last few values at each place: of `share` of them all."""
+    """The mean of the last few values at each place: of `share` of them all, without those that are not finite."""
     window = max(1, round(len(values) * share))
-    sums = np.cumsum([0.0, *values])
+    finite = np.isfinite(values)
     end = np.arange(1, len(values) + 1)
     start = np.maximum(end - window, 0)
-    return (sums[end] - sums[start]) / (end - start)
+    sums, counts = (np.cumsum([0.0, *series]) for series in (np.where(finite, values, 0.0), finite))
+    with np.errstate(invalid="ignore"):  # 0 / 0, a gap in the line, where none of them is finite
+        return (sums[end] - sums[start]) / (counts[end] - counts[start])

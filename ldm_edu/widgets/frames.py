@@ -62,9 +62,9 @@ class FrameSlider(StillBox):
             raise UserError(
                 f"Every frame needs the same captions: {list(self.rows)} so far, now {list(frame.pictures)}."
             )
+        pictures = {caption: sheet(images.detach().float().cpu()) for caption, images in frame.pictures.items()}
         cells = []
-        for caption, images in frame.pictures.items():
-            picture = sheet(images.detach().float().cpu())
+        for caption, picture in pictures.items():
             self.rows.setdefault(caption, []).append(picture)
             cells.append(self._cell(picture, caption, frame.label))
         self.labels.append(frame.label)

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ldm_edu.datasets.images import contact_sheet, to_uint8
+from ldm_edu.runtime import UserError
 
 INK, PAPER = (30, 30, 30), (255, 255, 255)
 TINY = 32  # pixels; a picture no wider is a latent rather than an image
@@ -32,7 +33,16 @@ def png(picture: np.ndarray, colours: int | None = None) -> bytes:
 
 
 def sheet(images: Tensor, columns: int | None = None) -> np.ndarray:
-    """Images `(B, 3, H, W)` in [-1, 1] laid out on one uint8 picture `(H', W', 3)`."""
+    """Images `(B, 3, H, W)` in [-1, 1] laid out on one uint8 picture `(H', W', 3)`.
+
+    Raises:
+        UserError: another shape.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise UserError(
+            f"Pictures are (B, 3, H, W); this is {tuple(images.shape)}. Decode latents first (model.to_image), "
+            "or show their channels (latent_channels)."
+        )
     return to_uint8(contact_sheet(images, columns)[None])[0]
 
 
@@ -108,7 +118,7 @@ def spread(count: int, wanted: int) -> list[int]:
     """
     if count <= wanted:
         return list(range(count))
-    return [round(i * (count - 1) / (wanted - 1)) for i in range(wanted)]
+    return [round(i * (count - 1) / max(wanted - 1, 1)) for i in range(wanted)]
 
 
 def latent_channels(latents: Tensor, limit: float = 3.0) -> Tensor:
@@ -116,6 +126,7 @@ def latent_channels(latents: Tensor, limit: float = 3.0) -> Tensor:
 
     Grey is the channel's mean; black and white are `limit` standard deviations below and above it.
     """
+    latents = latents.float()
     deviation, mean = torch.std_mean(latents, dim=(2, 3), keepdim=True)
     grey = ((latents - mean) / (limit * deviation.clamp_min(1e-8))).clamp(-1, 1)
     return grey.flatten(0, 1).unsqueeze(1).repeat(1, 3, 1, 1)

@@ -55,11 +55,12 @@ class PromptBox(StillBox):
         self.images: Tensor | None = None
         self.prompt = Text(prompt, placeholder=EXAMPLE, description="Prompt")
         self.prompt.layout = Layout(width="40em", max_width="100%")
-        self.guidance = FloatSlider(guidance_scale, min=0, max=10, step=0.5, description="Guidance")
+        self.guidance = FloatSlider(guidance_scale, min=0, max=max(10, guidance_scale), step=0.5)
+        self.guidance.description = "Guidance"
         self.guidance.readout_format = ".1f"
-        self.seed = BoundedIntText(seed, min=0, max=2**31 - 1, description="Seed")
+        self.seed = BoundedIntText(seed, min=0, max=2**53 - 1, description="Seed")
         self.seed.layout = Layout(width="12em")
-        self.num_steps = IntSlider(num_steps, min=1, max=100, description="Steps")
+        self.num_steps = IntSlider(num_steps, min=1, max=max(100, num_steps), description="Steps")
         self.button = Button(description="Draw", button_style="primary", icon="paint-brush")
         self.progress = IntProgress(0, 0, 1, layout=Layout(width="22em", visibility="hidden"))
         self.message = HTML()

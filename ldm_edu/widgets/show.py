@@ -54,7 +54,7 @@ def show(
         caption = captions[index] if captions else ""
         description = f"{alt}: {caption}" if caption else f"{alt} ({index + 1} of {len(batch)})"
         tag = img_tag(sheet(image[None]), description, scale * width / image.shape[2])
-        cells.append(f"{tag}<br>{html.escape(caption)}" if caption else tag)
+        cells.append(f"{tag}<br>{html.escape(str(caption))}" if caption else tag)
     return Pictures(_table(cells, columns, round(scale * width)), alt, len(batch))
 
 

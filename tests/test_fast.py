@@ -109,7 +109,7 @@ def test_a_mistake_of_the_caller_is_not_the_compilers(unet: UNet):
 
 def test_the_pipeline_compiles_once_for_the_same_weights(monkeypatch: pytest.MonkeyPatch):
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda network, **_: compiled.append(network) or network)
+    monkeypatch.setattr("ldm_edu.unet.fast.compiled", lambda network: compiled.append(network) or network)
     model = tiny.latent_diffusion()
 
     def sample(**arguments: object) -> Tensor:
@@ -142,3 +142,10 @@ def test_compiled_equals_eager():
         torch.testing.assert_close(denoiser(z, t, context), unet(z, t, context), rtol=1e-4, atol=1e-4)
         other = given(1)[2]  # the K and V of the first prompt have not become constants, as the weights have
         torch.testing.assert_close(denoiser(z, t, other), unet(z, t, other), rtol=1e-4, atol=1e-4)
+        # And another network of the same shape, or this one trained on, is not answered by the first one's program.
+        before = unet(z, t, context)
+        for p in unet.parameters():
+            torch.nn.init.normal_(p, std=0.2)
+        second = Denoiser(unet, compile=True)
+        torch.testing.assert_close(second(z, t, context), unet(z, t, context), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(denoiser(z, t, context), before, rtol=1e-4, atol=1e-4)

@@ -91,7 +91,8 @@ class Line(nn.Module):
         return (self.layer(x) - x).square().mean(), {}
 
 
-def test_training_with_muon_learns_and_follows_the_schedule():
+def test_training_with_muon_learns_and_follows_the_schedule(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LDM_EDU_DEVICE", "cpu")  # where its batches are
     torch.manual_seed(0)
     rate = dict(steps=60, warmup=5, learning_rate=0.2, optimizer="muon", precision="no")
     settings = replace(Settings(), **rate, log_every=10, save_every=10)

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from ldm_edu.pipeline import LatentDiffusion
 from ldm_edu.training import fit, recipes
 from ldm_edu.training.diffusion import DiffusionObjective, encode_all
 from ldm_edu.training.recipes import shapes_kl_f4, shapes_text, spaces
+from ldm_edu.training.state import load_state, save_state
 
 HERE = Path(__file__).parent
 TINY = "steps=5 batch_size=2 warmup=2 log_every=1 save_every=1"
@@ -176,3 +177,23 @@ def test_killed_ten_times_by_the_clock_too(killed: dict):
 
 def test_the_same_kills_catch_saving_that_is_not_atomic(killed: dict):
     assert killed["in_place"]["moments"] >= 20 and killed["in_place"]["wrong"]
+
+
+def test_the_optimisers_tensors_come_back_laid_out_like_their_weights(tmp_path: Path):
+    """On a GPU weights are channels_last, and a fused step refuses moments that are laid out otherwise."""
+
+    def one() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = tiny.first_stage().to(memory_format=torch.channels_last)
+        return model, torch.optim.AdamW(model.parameters())
+
+    model, optimizer = one()
+    sum(p.square().sum() for p in model.parameters()).backward()
+    optimizer.step()
+    save_state(tmp_path, 1, model, [], optimizer, {"settings": asdict(SHORT)})
+    again, other = one()
+    load_state(tmp_path, again, [], other, SHORT)
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        for name in ("exp_avg", "exp_avg_sq"):
+            mine, theirs = optimizer.state[p][name], other.state[q][name]
+            assert torch.equal(mine, theirs) and mine.stride() == theirs.stride() == q.stride()
+    assert any(p.ndim == 4 and not p.is_contiguous() for p in again.parameters())  # or this proves nothing

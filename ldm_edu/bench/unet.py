@@ -79,7 +79,8 @@ class UNetJob(Job):
     def _forward(self) -> Callable[[], Tensor]:
         predict, (z, t, context) = self._predict(), self._drawn(2 * self.batch)
         z, context = self.placed(z), context.to(self.dtype)
-        return torch.no_grad()(lambda: predict(z, t, context))
+        # A new prompt at each call: ours would not make its K and V again, diffusers makes them in every call.
+        return torch.no_grad()(lambda: predict(z, t, context.clone()))
 
     def _sampling(self) -> Callable[[], Tensor]:
         predict, (noise, _, context) = self._predict(), self._drawn(self.batch)

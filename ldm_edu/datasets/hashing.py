@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TypeVar
+
 from torch import Tensor
 
 MASK = 0xFFFFFFFF
+Number = TypeVar("Number", int, Tensor)
 
 
-def scramble(h: Tensor) -> Tensor:
+def scramble(h: Number) -> Number:
     """A bijection of 32-bit integers that flips about half of the bits for any change of the input.
 
     The constants are "lowbias32" of C. Wellons' search for integer hashes (2018, public domain).
@@ -20,7 +22,7 @@ def scramble(h: Tensor) -> Tensor:
 
 def uniform(seed: int, index: Tensor, field: int) -> Tensor:
     """Uniform numbers in [0, 1), one for each entry of `index` (int64, any shape), independent for each `field`."""
-    start = scramble(torch.tensor((seed * 0x9E3779B1 + 0x5BD1E995) & MASK, device=index.device))
+    start = scramble((seed * 0x9E3779B1 + 0x5BD1E995) & MASK)
     h = scramble((index + start) & MASK)
     h = scramble((h + field * 0x85EBCA77) & MASK)
     return (h >> 8).float() / 2**24

@@ -231,7 +231,7 @@ class ShapeScenes(Dataset):
 
     def captions(self, index: Tensor | Sequence[int], full: bool = False) -> list[str]:
         """A caption for each; `full` names every attribute, else sizes are sometimes left out."""
-        scenes = self.scenes(index)
+        scenes = self.scenes(index).to("cpu")  # it is read number by number
         words = [choice(self.seed, scenes.index, 80 + k, 1000).tolist() for k in range(4)]
         return [describe(scenes.things(i), [w[i] for w in words], full) for i in range(len(scenes))]
 

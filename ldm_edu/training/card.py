@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ldm_edu.runtime import pick_device
 from ldm_edu.training.settings import Settings
 from ldm_edu.training.state import History
 
 
 def hardware() -> str:
     """The processor or GPU, and how much of it."""
-    if torch.cuda.is_available():
+    if pick_device().type == "cuda":
         return f"1 × {torch.cuda.get_device_name()}"
     names = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
     model = next(

@@ -144,7 +144,8 @@ def fit(
 
 
 def _accelerator(settings: Settings, device: torch.device) -> Accelerator:
-    AcceleratorState._reset_state()  # another run of this process may have had another precision
+    # Another run of this process may have had another precision, or another device.
+    AcceleratorState._reset_state(reset_partial_state=True)
     precision = settings.precision
     if precision == "auto":
         precision = "bf16" if has_fast_bfloat16(device) else "no"

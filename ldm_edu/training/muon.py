@@ -75,7 +75,7 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(weights, directions, alpha=-group["lr"])
 
     def _muon(self, weights: list[nn.Parameter], group: dict) -> list[Tensor]:
-        momentum = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in weights]
+        momentum = [self._kept(p, "momentum") for p in weights]
         torch._foreach_lerp_(momentum, [p.grad for p in weights], 1 - group["momentum"])
         ahead = [p.grad.lerp(m, group["momentum"]).flatten(1) for p, m in zip(weights, momentum, strict=True)]
         size = 0.2 * max(ahead[0].shape) ** 0.5
@@ -86,7 +86,7 @@ class Muon(torch.optim.Optimizer):
         directions, (beta1, beta2) = [], group["betas"]
         for p in weights:
             state = self.state[p]
-            mean, square = (state.setdefault(name, torch.zeros_like(p)) for name in ("mean", "square"))
+            mean, square = self._kept(p, "mean"), self._kept(p, "square")
             step = state.setdefault("step", torch.zeros(()))
             step += 1
             mean.lerp_(p.grad, 1 - beta1)
@@ -94,3 +94,10 @@ class Muon(torch.optim.Optimizer):
             n = float(step)
             directions.append((mean / (1 - beta1**n)) / ((square / (1 - beta2**n)).sqrt() + group["eps"]))
         return directions
+
+    def _kept(self, p: nn.Parameter, name: str) -> Tensor:
+        """A running mean of the gradients of `p`; zero at first."""
+        state = self.state[p]
+        if name not in state:
+            state[name] = torch.zeros_like(p)
+        return state[name]

@@ -90,10 +90,14 @@ def load_state(
         buffer.copy_(weights.get(name, buffer))
     for i, average in enumerate(ema):
         average.copy_(tensors[f"ema.{i}"])
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
             _, i, key = name.split(".", 2)
+            like = trained[int(i)]
+            if tensor.shape == like.shape:  # laid out in memory like its weight, as a fused step on a GPU insists
+                tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
             state.setdefault(int(i), {})[key] = tensor
     _keep_only(folders[-1])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,8 @@ from ldm_edu.layers.attention import Attention, KeyValue
 from ldm_edu.unet.transformer import TransformerBlock
 from ldm_edu.unet.unet import UNet
 
+NUMBERS = itertools.count()
+
 
 def keys_and_values(unet: UNet, context: Tensor) -> dict[Attention, KeyValue]:
     """What the cross-attentions make of a context `(B, M, d)`; the UNet takes it in the context's place."""
@@ -22,18 +25,25 @@ def keys_and_values(unet: UNet, context: Tensor) -> dict[Attention, KeyValue]:
 
 
 def compiled(network: nn.Module) -> Callable[..., Any]:
-    """The network by torch.compile, for weights that will not change any more.
+    """The network by torch.compile, for inputs of one shape, and weights that will not change any more.
 
-    On a CPU they become constants of the program, laid out for its matrix units, and the fastest kernel for each matrix
-    product is looked for. On a GPU the kernels of a call are recorded in a CUDA graph. Calls are made without checking
-    that the modules are still the same.
+    On a CPU the weights become constants of the program, laid out for its matrix units, and the fastest kernel for
+    each matrix product is looked for. On a GPU the kernels of a call are recorded in a CUDA graph. Calls are made
+    without checking that the modules are still the same.
     """
+
+    def forward(*arguments: Any, **named: Any) -> Any:
+        return network(*arguments, **named)
+
+    # Programs are kept with a function's code, and whose weights are in them is what is not checked. So each network
+    # gets code of its own: with the class's, the next one would be answered by the first one's program.
+    forward.__code__ = forward.__code__.replace(co_name=f"forward_{next(NUMBERS)}")
     guards = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
     if next(network.parameters()).device.type != "cpu":
-        return torch.compile(network, dynamic=False, options={"triton.cudagraphs": True, **guards})
+        return torch.compile(forward, dynamic=False, options={"triton.cudagraphs": True, **guards})
     from torch._inductor import config as inductor  # takes seconds to import
 
-    program = torch.compile(network, dynamic=False, options=guards)
+    program = torch.compile(forward, dynamic=False, options=guards)
 
     def call(*arguments: Any, **named: Any) -> Any:
         # Settings of the compiler that it reads outside the reach of `options`, too. The last two keep it quiet.
@@ -58,9 +68,10 @@ class Denoiser:
     """
 
     def __init__(self, unet: UNet, compile: bool = False, dtype: torch.dtype = torch.float32) -> None:
-        self.unet, self._network, self._context = unet, unet, None
+        self.unet, self._context = unet, None
+        self._programs: dict[Any, Callable[..., Any]] | None = {} if compile else None
         if compile:
-            self.unet, self._network = copy.deepcopy(unet).eval().requires_grad_(False).to(dtype), None
+            self.unet = copy.deepcopy(unet).eval().requires_grad_(False).to(dtype)
             if next(unet.parameters()).device.type == "cuda":
                 self.unet.to(memory_format=torch.channels_last)
         self._versions = versions(unet)
@@ -77,17 +88,21 @@ class Denoiser:
         if context is not None and context is not self._context:
             self._context, self._kept = context, keys_and_values(self.unet, context.to(dtype))
         kept = None if context is None else self._kept
+        output = self._answer(z.to(dtype), t, kept, (z.shape, None if context is None else context.shape))
+        return output.to(torch.float32, copy=True)  # the next call of a CUDA graph writes to the same memory
+
+    def _answer(self, z: Tensor, t: Tensor, kept: dict[Attention, KeyValue] | None, shapes: Any) -> Tensor:
+        if self._programs is None:
+            return self.unet(z, t, kept)
         try:
-            self._network = self._network or compiled(self.unet)
-            output = self._network(z.to(dtype), t, kept)
+            if shapes not in self._programs:
+                self._programs[shapes] = compiled(self.unet)
+            return self._programs[shapes](z, t, kept)
         except Exception as error:
-            if self._network is self.unet:
-                raise
             reason = str(error).strip().splitlines() or [type(error).__name__]
-            warnings.warn(f"Sampling without the compiler, which failed: {reason[0]}", stacklevel=2)
-            self._network = self.unet
-            output = self.unet(z.to(dtype), t, kept)
-        return output.float().clone()  # the next call of a CUDA graph writes to the same memory
+            warnings.warn(f"Sampling without the compiler, which failed: {reason[0]}", stacklevel=3)
+            self._programs = None
+            return self.unet(z, t, kept)
 
 
 def versions(unet: UNet) -> list[tuple[int, int, torch.device]]:

@@ -42,6 +42,7 @@ def test_true_scenes_wrong_scenes_and_nothing():
     assert moved["colour"] == pytest.approx(sum(same) / COUNT) and moved["colour"] < 1
     assert moved["faithful"] < 0.5 and grey["faithful"] == grey["readable"] == 0
     assert right["frechet"] == pytest.approx(0, abs=1e-3) and grey["frechet"] > 1
+    assert 0 < right["frechet_floor"] == grey["frechet_floor"] < grey["frechet"]
     assert right["pictures_per_second"] > 0 and (right["pictures"], right["scenes_seed"]) == (COUNT, 1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from itertools import cycle
 
 import numpy as np
 from IPython.display import display
@@ -67,9 +68,9 @@ class LossCurve(StillBox):
     def _drawing(self) -> np.ndarray:
         figure = Figure(figsize=(6.4, 3.2), dpi=100, layout="constrained")
         axes = figure.subplots()
-        for name, values in self.values.items():
+        for (name, values), style in zip(self.values.items(), cycle(("-", "--", ":", "-."))):
             (line,) = axes.plot(self.steps, values, linewidth=0.8, alpha=0.4)
-            axes.plot(self.steps, _smooth(values), color=line.get_color(), linewidth=1.8, label=name)
+            axes.plot(self.steps, _smooth(values), style, color=line.get_color(), linewidth=1.8, label=name)
         label = " / ".join(self.names)
         axes.set(title="Training", xlabel="step", ylabel=label if len(label) < 40 else "")  # else the legend's job
         axes.set_yscale("log" if self.log_scale else "linear")

@@ -218,19 +218,21 @@ def evaluate(
 
     Faithfulness is the share of pictures with every object, colour, shape, size and relation as asked.
     Several first stages (`sweep`: the committed ones) are compared in one table; without --data on the held-out
-    photographs of Caltech-101. `shapes` measures ShapeScenes; with shapes-text, `attention` measures where words look,
-    `samplers` every sampler over numbers of steps, three seeds.
+    photographs of Caltech-101. `shapes` measures ShapeScenes, `attention` where the words of a text
+    model look (of shapes-text, if none is named), `samplers` every sampler of shapes-text over numbers of steps.
     """
     _at_least(1, "--captions", captions)
     _at_least(0, "--seed", seed)
 
     from ldm_edu import checkpoint as checkpoints
 
-    if names in (["shapes"], ["attention"]):
+    if names == ["shapes"] or (names[0] == "attention" and len(names) <= 2):
         from ldm_edu.evaluation import attention, scenes
 
-        shapes = names == ["shapes"]
-        found = scenes.measure_scenes() if shapes else attention.measure_attention(captions=captions, seed=seed)
+        if names == ["shapes"]:
+            found = scenes.measure_scenes()
+        else:
+            found = attention.measure_attention(*names[1:], captions=captions, seed=seed)
         typer.echo(json.dumps(found) if as_json else "\n".join(f"{k:>20} {v}" for k, v in found.items()))
         return
     if names == ["samplers"]:

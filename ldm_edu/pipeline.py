@@ -58,10 +58,11 @@ class LatentDiffusion(nn.Module):
                 f"The first stage's latents have {channels} channels, but the UNet goes from {shape.in_channels} "
                 f"to {shape.out_channels}: give it in_channels and out_channels {channels}."
             )
-        if shape.context_channels != conditioner.channels or shape.num_classes is not None:
+        wide = getattr(conditioner, "channels", shape.context_channels)  # a module of one's own may not say it
+        if shape.context_channels is None or shape.context_channels != wide or shape.num_classes is not None:
             raise UserError(
-                f"The UNet gets the conditioner's sequence, {conditioner.channels} wide, and no labels: give it "
-                f"context_channels {conditioner.channels} (not {shape.context_channels}) and no num_classes."
+                f"The UNet gets the conditioner's sequence, {wide} wide, and no labels: give it "
+                f"context_channels {wide} (not {shape.context_channels}) and no num_classes."
             )
         if latent_size % (step := 2 ** (len(shape.widths) - 1)) or latent_size < 1:
             raise UserError(f"The UNet needs a latent_size that is a multiple of {step}, not {latent_size}.")

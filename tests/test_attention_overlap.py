@@ -104,8 +104,9 @@ def test_the_command(capsys: pytest.CaptureFixture):
     assert {*WORDS, "colour_other_box", "shape_layer", "both_head", "boxes"} <= result.keys()
     by_timestep = result["shape_by_timestep"]
     assert tuple(by_timestep) == TIMESTEPS and fmean(by_timestep.values()) == pytest.approx(result["shape"], abs=1e-3)
-    run = typer.testing.CliRunner().invoke(main, ["evaluate", "attention", "--captions", "6", "--seed", "5"])
-    assert run.exit_code == 0
-    assert re.search(rf"^ +colour {result['colour']}$", run.stdout, flags=re.MULTILINE)
+    for names in (["attention"], ["attention", "shapes-text"]):
+        run = typer.testing.CliRunner().invoke(main, ["evaluate", *names, "--captions", "6", "--seed", "5"])
+        assert run.exit_code == 0
+        assert re.search(rf"^ +colour {result['colour']}$", run.stdout, flags=re.MULTILINE)
     with pytest.raises(UserError, match="seed 0"):
         measure_attention(seed=0)

@@ -43,7 +43,7 @@ def drop_conditions(tokens: Tensor, empty: Tensor, p: float, generator: torch.Ge
 def training_loss(
     denoiser: Callable[[Tensor, Tensor], Tensor], z0: Tensor, noise: Tensor, t: Tensor, alphas_cumprod: Tensor
 ) -> Tensor:
-    """Equation 2 for latents `(B, c, h, w)` with a timestep `(B,)` each: mix, ask for the noise, compare.
+    """Equation 2, as a mean over all numbers: mix, ask for the noise, compare. Latents `(B, c, h, w)`, `t` `(B,)`.
 
     Signal and noise add up in variance, so it is their roots that are mixed; and each latent has its own level.
     """

@@ -1,14 +1,21 @@
-"""τθ for text: CLIP's own kind of tokenizer, vocabularies of one's own, and what frozen means."""
+"""τθ for text: BERT's layers, CLIP's own kind of tokenizer, vocabularies of one's own, and what frozen means."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
+from tokenizers import Tokenizer, models
 from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor
 from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ldm_edu.conditioning import TextConditioner
+from ldm_edu.conditioning import TextConditioner, TextTransformer
+from ldm_edu.conditioning.text import UnknownWords
 from ldm_edu.runtime import UserError
 
 
@@ -31,10 +38,9 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_clip_knows_every_word_though_its_padding_is_called_unknown(clip: Path):
     conditioner = TextConditioner.from_pretrained(clip, length=16)
-    tokenizer = conditioner.tokenizer
-    assert tokenizer.unk_token_id == tokenizer.eos_token_id  # or this proves nothing
+    end = conditioner.tokenizer.token_to_id(conditioner.tokenizer.model.unk_token)  # or this proves nothing
     tokens = conditioner.tokenize(["a cat", "", "żółw"])
-    assert tokens.shape == (3, 16) and (tokens[1, 1:] == tokenizer.eos_token_id).all()
+    assert tokens.shape == (3, 16) and (tokens[1, 1:] == end).all()
     context = conditioner(tokens)
     assert context.shape == (3, 16, 16) and context.dtype == torch.float32  # whatever the weights are stored in
     with pytest.raises(UserError, match="reads 16"):
@@ -50,7 +56,7 @@ def test_a_vocabulary_of_ones_own():
     words = ["A", "Red", "star", "red", ","]  # capitals, and a word twice
     conditioner = TextConditioner.from_words(words, length=8, channels=16, layers=1, heads=2)
     tokens = conditioner.tokenize(["A RED star, a red star"])
-    assert conditioner.encoder.config.vocab_size == 2 + 4 and tokens.max() < 6
+    assert conditioner.encoder.settings["vocabulary"] == 2 + 4 and tokens.max() < 6
     assert conditioner(tokens).shape == (1, 8, 16)
     for word in ("t-shirt", "ice cream", ""):
         with pytest.raises(UserError, match=f"{word!r} would be read as"):
@@ -67,3 +73,91 @@ def test_a_frozen_encoder_has_no_dropout_even_in_training():
         conditioner = TextConditioner(tokenizer, BertModel(config, add_pooling_layer=False), 8, frozen).train()
         one, other = (conditioner(conditioner.tokenize("a star")) for _ in range(2))
         assert torch.equal(one, other) == frozen and conditioner.training
+
+
+# Each of BERT's names as ours; its one kind of token is a vector that every place gets.
+BERT_NAMES = {
+    "words": "embeddings.word_embeddings", "places": "embeddings.position_embeddings", "norm": "embeddings.LayerNorm",
+    "attention.query": "attention.self.query", "attention.key": "attention.self.key",
+    "attention.value": "attention.self.value", "attention.out": "attention.output.dense",
+    "norm1": "attention.output.LayerNorm", "norm2": "output.LayerNorm",
+    "feed_forward.0": "intermediate.dense", "feed_forward.2": "output.dense",
+}  # fmt: skip
+
+
+def berts(ours: str, weights: dict[str, Tensor]) -> Tensor:
+    """The weight of a BERT's that is called `ours` here."""
+    layer, name, kind = re.fullmatch(r"(layers\.\d+\.)?(.+)\.(weight|bias)", ours).groups()
+    weight = weights[f"{(layer or '').replace('layers', 'encoder.layer')}{BERT_NAMES[name]}.{kind}"]
+    return weight + weights["embeddings.token_type_embeddings.weight"] if name == "places" else weight
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-4)])
+def test_the_transformer_is_bert(dtype: torch.dtype, tolerance: float):
+    torch.manual_seed(0)
+    theirs = BertModel(BertConfig(
+        vocab_size=30, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=12, type_vocab_size=1,
+    ), add_pooling_layer=False)  # fmt: skip
+    theirs = tiny.stirred(theirs).eval().to(dtype)
+    ours = TextTransformer(vocabulary=30, length=12, channels=32, layers=3, heads=4).to(dtype)
+    weights = theirs.state_dict()
+    ours.load_state_dict({name: berts(name, weights) for name in ours.state_dict()})
+    assert sum(w.numel() for w in ours.parameters()) == sum(w.numel() for w in theirs.parameters()) - 32
+    tokens = torch.randint(30, (5, 12))
+    wanted, grad = theirs(input_ids=tokens).last_hidden_state, torch.randn(5, 12, 32, dtype=dtype)
+    assert (ours(tokens) - wanted).abs().max() < tolerance * wanted.abs().max()
+    ours(tokens).backward(grad), wanted.backward(grad)
+    for mine, its in [
+        (ours.words, theirs.embeddings.word_embeddings),
+        (ours.layers[0].feed_forward[0], theirs.encoder.layer[0].intermediate.dense),
+    ]:
+        known = slice(1, None)  # BERT's padding, token 0, learns nothing: ours does
+        difference = (mine.weight.grad - its.weight.grad)[known].abs().max()
+        assert difference < tolerance * its.weight.grad.abs().max()
+
+
+def test_a_new_transformer_is_as_berts_begin():
+    """All weights with deviation 0.02, biases 0, norms 1."""
+    torch.manual_seed(0)
+    for name, weight in TextTransformer(40, 32, 128, 3, 4).named_parameters():
+        if "norm" in name or name.endswith("bias"):
+            assert (weight == (1 if name.endswith("weight") else 0)).all(), name
+        else:
+            assert 0.019 < weight.std() < 0.021 and weight.mean().abs() < 0.001, name
+
+
+def test_a_tokenizer_that_does_not_pad_is_refused_and_ones_own_stays_as_it_is():
+    tokenizer = Tokenizer(models.WordLevel({"[PAD]": 0, "star": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    encoder = TextTransformer(3, length=4, channels=8, layers=1, heads=1)
+    with pytest.raises(UserError, match="enable_padding"):
+        TextConditioner(tokenizer, encoder, 4)
+    tokenizer.enable_padding(length=6)
+    tokenizer.enable_truncation(2)
+    conditioner = TextConditioner(tokenizer, encoder, 4)
+    assert conditioner.tokenize("star").tolist() == [[1, 0, 0, 0]]
+    assert tokenizer.padding["length"] == 6 and tokenizer.truncation["max_length"] == 2
+
+
+def test_the_unknown_of_a_vocabulary_of_scores_is_refused_too():
+    """T5's kind of tokenizer: it names its unknown token by number."""
+    tokenizer = Tokenizer(models.Unigram([("<pad>", 0.0), ("<unk>", 0.0), ("star", -1.0)], unk_id=1))
+    tokenizer.enable_padding(pad_id=0, pad_token="<pad>")
+    conditioner = TextConditioner(tokenizer, TextTransformer(3, 4, 8, 1, 1), 4)
+    assert conditioner.tokenize("star").tolist() == [[2, 0, 0, 0]]
+    conditioner.tokenizer.pre_tokenizer = ByteLevel()
+    with pytest.raises(UnknownWords):
+        conditioner.tokenize("moon")
+
+
+def test_a_model_of_ones_own_words_loads_without_the_slow_imports():
+    """They take several times as long as everything else that a first picture needs."""
+    code = """
+import sys
+from ldm_edu.pipeline import LatentDiffusion
+model = LatentDiffusion.load("shapes-text", device="cpu")
+model.sample("a red star", num_steps=1)
+print(*sorted({"transformers", "torchvision", "sympy", "torch._dynamo", "torch._inductor"} & set(sys.modules)))
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (told.returncode, told.stdout) == (0, "\n"), told.stderr

@@ -31,7 +31,7 @@ ORDER = [
 ONLY = {
     "diffusion": {"runtime"},
     "datasets": {"runtime"},
-    "conditioning": {"runtime"},
+    "conditioning": {"runtime", "layers"},
     "autoencoder": {"runtime", "checkpoint", "layers"},
     "unet": {"runtime", "checkpoint", "layers"},
 }

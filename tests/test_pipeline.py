@@ -1,5 +1,6 @@
 """τθ learns and matters, the objective is the paper's, and a picture hangs on its seed alone."""
 
+import json
 import math
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import tiny
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from ldm_edu.conditioning import TextConditioner
 from ldm_edu.conditioning.text import UnknownWords
@@ -106,7 +107,7 @@ def test_a_prompt_that_is_too_long_is_named(model: LatentDiffusion):
 
 def test_the_empty_caption_is_padding_alone(model: LatentDiffusion):
     tokens = model.conditioner.tokenize(["", "a red star"])
-    assert tokens[0].unique().tolist() == [model.conditioner.tokenizer.pad_token_id]
+    assert tokens[0].unique().tolist() == [model.conditioner.tokenizer.token_to_id("[PAD]")]
     assert model.context(["", "a red star"]).shape == (2, 8, 16)
 
 
@@ -131,14 +132,22 @@ def test_a_pretrained_encoder_is_frozen_and_its_absence_worded(tmp_path: Path):
 
 def test_a_pretrained_bert_comes_back_from_its_configuration(tmp_path: Path):
     own = TextConditioner.from_words(["a", "red", "star"], length=8, channels=16, layers=1, heads=2)
-    own.tokenizer.save_pretrained(tmp_path / "bert")
-    own.encoder.save_pretrained(tmp_path / "bert")
+    fast = PreTrainedTokenizerFast(tokenizer_object=own.tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    fast.save_pretrained(tmp_path / "bert")
+    config = BertConfig(
+        vocab_size=5, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=8,
+    )  # fmt: skip
+    bert = BertModel(config).eval()
+    bert.save_pretrained(tmp_path / "bert")
     loaded = TextConditioner.from_pretrained(tmp_path / "bert", encoder="BertModel", length=8)
-    again = TextConditioner.from_config(loaded.config())
+    again = TextConditioner.from_config(json.loads(json.dumps(loaded.config())))
     again.load_state_dict(loaded.state_dict())
     tokens = own.tokenize(["a red star"])
-    torch.testing.assert_close(loaded(tokens), own(tokens))
-    torch.testing.assert_close(again(tokens), own(tokens))
+    assert torch.equal(loaded.tokenize("a red star"), tokens) and torch.equal(again.tokenize("a red star"), tokens)
+    wanted = bert(input_ids=tokens).last_hidden_state
+    torch.testing.assert_close(loaded(tokens), wanted)
+    torch.testing.assert_close(again(tokens), wanted)
 
 
 # a picture hangs on its seed alone

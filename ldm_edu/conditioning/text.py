@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
-from huggingface_hub.errors import HFValidationError
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
-from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedModel, PreTrainedTokenizerFast
 
+from ldm_edu.conditioning.transformer import TextTransformer
 from ldm_edu.runtime import UserError
 
-ENCODERS = ("BertModel", "CLIPTextModel", "T5EncoderModel")
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PRETRAINED = ("BertModel", "CLIPTextModel", "T5EncoderModel")
 
 
 class UnknownWords(UserError):
@@ -26,21 +28,30 @@ class TextConditioner(nn.Module):
     """Captions to a sequence of vectors `(B, length, channels)` for cross-attention.
 
     As in the paper, the transformer reads the padding too: no mask. (Table 17: 77 tokens of a BERT tokenizer, a
-    32-layer transformer. Ours are shorter, and BERT's own post-norm layers.)
+    32-layer transformer. Ours are shorter.)
 
     Args:
-        tokenizer: a fast tokenizer with a padding token.
-        encoder: any transformer of `transformers` whose output has `last_hidden_state`.
+        tokenizer: with padding enabled; it is copied.
+        encoder: a `TextTransformer`, or any of `transformers` whose output has `last_hidden_state`.
         length: every caption is padded to this many tokens.
         frozen: keep the encoder as it is (CLIP or BERT with their own weights) instead of training it, and without
             dropout.
+
+    Raises:
+        UserError: the tokenizer does not pad.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, encoder: PreTrainedModel, length: int, frozen: bool = False
+        self, tokenizer: Tokenizer, encoder: TextTransformer | PreTrainedModel, length: int, frozen: bool = False
     ) -> None:
         super().__init__()
-        self.tokenizer, self.encoder, self.length, self.frozen = tokenizer, encoder, length, frozen
+        if tokenizer.padding is None:
+            raise UserError("Captions are padded to one length: call the tokenizer's enable_padding(...) first.")
+        self.tokenizer = Tokenizer.from_str(tokenizer.to_str())
+        self.tokenizer.enable_padding(**tokenizer.padding | {"length": length})
+        self.tokenizer.no_truncation()  # a caption that is too long is an error
+        self._unknown_token = _unknown_token(self.tokenizer)
+        self.encoder, self.length, self.frozen = encoder, length, frozen
         encoder.requires_grad_(not frozen)
         self.train(self.training)
 
@@ -55,7 +66,7 @@ class TextConditioner(nn.Module):
     def from_words(
         cls, words: Sequence[str], length: int = 32, channels: int = 128, layers: int = 3, heads: int = 4
     ) -> TextConditioner:
-        """A small BERT over a vocabulary of whole words in lower case, untrained.
+        """A small transformer over a vocabulary of whole words in lower case, untrained.
 
         Raises:
             UserError: a word that is none, because it is empty, or reading a caption would divide it.
@@ -70,19 +81,8 @@ class TextConditioner(nn.Module):
         tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
         tokenizer.normalizer = normalizers.Lowercase()
         tokenizer.pre_tokenizer = split
-        config = BertConfig(
-            vocab_size=len(vocabulary),
-            hidden_size=channels,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            intermediate_size=2 * channels,
-            max_position_embeddings=length,
-            type_vocab_size=1,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            attn_implementation="eager",  # on a CPU the fused kernel's backward pass is the slower one
-        )
-        return cls(_wrap(tokenizer), BertModel(config, add_pooling_layer=False), length)
+        tokenizer.enable_padding(pad_id=vocabulary["[PAD]"], pad_token="[PAD]")
+        return cls(tokenizer, TextTransformer(len(vocabulary), length, channels, layers, heads), length)
 
     @classmethod
     def from_pretrained(
@@ -93,20 +93,26 @@ class TextConditioner(nn.Module):
         Raises:
             UserError: the weights cannot be had.
         """
+        from huggingface_hub.errors import HFValidationError
+        from transformers import AutoTokenizer
+
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            kind = _encoder_class(encoder)
-            model = kind.from_pretrained(name, **_without_pooling(kind)).float()
+            theirs = AutoTokenizer.from_pretrained(name)
+            kind = _pretrained_class(encoder)
+            model = kind.from_pretrained(name, **_without_pooling(encoder)).float()
         except (OSError, HFValidationError) as error:  # the second where a missing folder is taken for a hub's name
             raise UserError(
                 f"Cannot load {encoder} from {str(name)!r}: {str(error).splitlines()[0]}"
             ) from error
+        tokenizer = theirs.backend_tokenizer
+        tokenizer.enable_padding(pad_id=theirs.pad_token_id, pad_token=theirs.pad_token)
         return cls(tokenizer, model, length, frozen=True)
 
     @property
     def channels(self) -> int:
         """The width of the sequence."""
-        return self.encoder.config.hidden_size
+        own = isinstance(self.encoder, TextTransformer)
+        return self.encoder.settings["channels"] if own else self.encoder.config.hidden_size
 
     def tokenize(self, captions: str | Sequence[str]) -> Tensor:
         """Token numbers `(B, length)`, of captions or a single one.
@@ -116,23 +122,18 @@ class TextConditioner(nn.Module):
             UserError: a caption longer than the model reads.
         """
         captions = [captions] if isinstance(captions, str) else list(captions)
-        encoded = self.tokenizer(captions, padding="max_length", max_length=self.length)["input_ids"]
-        unknown_token = self.tokenizer.unk_token_id
-        if unknown_token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            unknown_token = None  # CLIP's one token for all of these; it reads any bytes, so no word is unknown to it
+        encoded = [encoding.ids for encoding in self.tokenizer.encode_batch(captions)]
         for caption, tokens in zip(captions, encoded, strict=True):
             if len(tokens) > self.length:
                 raise UserError(
                     f"The prompt is too long: {len(tokens)} tokens, and this model reads {self.length}: {caption!r}."
                 )
-            if unknown_token is not None and unknown_token in tokens:
+            if self._unknown_token in tokens:
                 raise UnknownWords(self._unknown(caption))
         return torch.tensor(encoded)
 
     def _unknown(self, caption: str) -> str:
-        words = [
-            w for w, _ in self.tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(caption.lower())
-        ]
+        words = [w for w, _ in self.tokenizer.pre_tokenizer.pre_tokenize_str(caption.lower())]
         vocabulary = self.tokenizer.get_vocab()
         strange = ", ".join(repr(w) for w in dict.fromkeys(words) if w not in vocabulary)
         known = ", ".join(sorted(w for w in vocabulary if w[0].isalnum())[:200])  # no [PAD], and no comma
@@ -140,41 +141,50 @@ class TextConditioner(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token numbers `(B, length)` to the context `(B, length, channels)`."""
+        if isinstance(self.encoder, TextTransformer):
+            return self.encoder(tokens)
         seen = torch.ones_like(tokens)  # all of them, paddings too
         return self.encoder(input_ids=tokens, attention_mask=seen).last_hidden_state
 
     def config(self) -> dict[str, Any]:
         """Everything but the weights, as JSON: the tokenizer with its vocabulary, and the transformer's shape."""
+        own = isinstance(self.encoder, TextTransformer)
         return {
             "length": self.length,
             "frozen": self.frozen,
             "encoder": type(self.encoder).__name__,
-            "encoder_config": self.encoder.config.to_diff_dict(),
-            "tokenizer": self.tokenizer.backend_tokenizer.to_str(),
-            "special_tokens": {k: str(v) for k, v in self.tokenizer.special_tokens_map.items()},
+            "encoder_config": self.encoder.settings if own else self.encoder.config.to_diff_dict(),
+            "tokenizer": self.tokenizer.to_str(),
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> TextConditioner:
         """What `config` describes, with untrained weights."""
-        kind = _encoder_class(config["encoder"])
-        encoder = kind(kind.config_class(**config["encoder_config"]), **_without_pooling(kind))
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer.from_str(config["tokenizer"]), **config["special_tokens"]
-        )
-        return cls(tokenizer, encoder, config["length"], config["frozen"])
+        name, settings = config["encoder"], config["encoder_config"]
+        if name == "TextTransformer":
+            encoder = TextTransformer(**settings)
+        else:
+            kind = _pretrained_class(name)
+            encoder = kind(kind.config_class(**settings), **_without_pooling(name))
+        return cls(Tokenizer.from_str(config["tokenizer"]), encoder, config["length"], config["frozen"])
 
 
-def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+def _unknown_token(tokenizer: Tokenizer) -> int | None:
+    """The number that words outside the vocabulary get, if there is one for them alone."""
+    model = json.loads(tokenizer.to_str())["model"]
+    unknown = model.get("unk_id", tokenizer.token_to_id(model.get("unk_token") or ""))
+    # CLIP's is the end of every caption, too; it reads any bytes, so no word is unknown to it.
+    return None if unknown in tokenizer.encode("").ids else unknown
 
 
-def _encoder_class(name: str) -> type[PreTrainedModel]:
-    if name not in ENCODERS:
-        raise UserError(f"The text encoder is one of {', '.join(ENCODERS)}, not {name!r}.")
+def _pretrained_class(name: str) -> type[PreTrainedModel]:
+    if name not in PRETRAINED:
+        raise UserError(f"The text encoder is one of {', '.join(PRETRAINED)}, not {name!r}.")
+    import transformers  # takes longer to import than all the rest together
+
     return getattr(transformers, name)
 
 
-def _without_pooling(kind: type[PreTrainedModel]) -> dict[str, bool]:
+def _without_pooling(name: str) -> dict[str, bool]:
     """BERT's pooling layer would be weights that nothing uses."""
-    return {"add_pooling_layer": False} if kind is BertModel else {}
+    return {"add_pooling_layer": False} if name == "BertModel" else {}

@@ -51,7 +51,7 @@ def pairs(
     rows: list[tuple[int, int, bool]] = []
     found: list[Tensor] = []
     for i, (caption, here) in enumerate(zip(captions, things, strict=True)):
-        words = model.conditioner.tokenizer.tokenize(caption)
+        words = model.conditioner.tokenizer.encode(caption).tokens
         named = list(zip(words, words[1:], strict=False))
         its_boxes = [box_of(thing) for thing in here] if boxes is None else boxes[i, : len(here)].cpu().unbind()
         for thing in here:

@@ -89,6 +89,26 @@ def test_attention_is_softmax_by_hand(context_channels: int | None):
         Attention(8, 3)
 
 
+def test_attention_in_half_precision_is_close_with_its_gradients():
+    """In training, too, where it is written out, and under autocast: half of bfloat16's 8 bits, and more, are left."""
+    torch.manual_seed(0)
+    layer, x, context = Attention(8, 2, 6), torch.randn(2, 5, 8), torch.randn(2, 3, 6)
+
+    def answer_and_gradients(training: bool, half: bool) -> list[Tensor]:
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half), torch.set_grad_enabled(training):
+            answer = layer(x, context)
+            if training:
+                answer.float().square().sum().backward()
+        return [answer.float(), *(p.grad.clone() for p in layer.parameters() if training)]
+
+    exact = answer_and_gradients(True, half=False)
+    for training in (True, False):
+        for rounded, wanted in zip(answer_and_gradients(training, half=True), exact):
+            error = (rounded - wanted).abs().max() / wanted.abs().max()
+            assert 1e-5 < error < 1 / 32, error
+
+
 def test_attention_over_pixels_does_not_know_their_order():
     torch.manual_seed(0)
     layer, x = AttentionBlock(8, groups=4), torch.randn(2, 8, 3, 5)

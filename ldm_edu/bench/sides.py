@@ -210,10 +210,11 @@ def diffusers() -> ModuleType:
 def first(job: Job) -> tuple[np.ndarray, float | None, float]:
     """What a first call gives, its peak of memory in MB, and the seconds it took."""
     cuda, linux = job.device.startswith("cuda"), (PROCESS / "clear_refs").exists()
-    if cuda:  # a CUDA graph has its memory since it was recorded: a peak is seen only where that happens again
+    if cuda or not job.compiler:  # the search for the fastest way may have called it before, and training moves weights
         ready.cache_clear()
-        torch.compiler.reset()
         gc.collect()
+    if cuda:  # a CUDA graph has its memory since it was recorded: a peak is seen only where that happens again
+        torch.compiler.reset()
         torch.cuda.empty_cache()
     call = ready(job)
     if cuda:

@@ -136,6 +136,8 @@ def test_a_tokenizer_that_does_not_pad_is_refused_and_ones_own_stays_as_it_is():
     tokenizer.enable_truncation(2)
     conditioner = TextConditioner(tokenizer, encoder, 4)
     assert conditioner.tokenize("star").tolist() == [[1, 0, 0, 0]]
+    with pytest.raises(UserError, match="captions of 4 tokens, not 6"):
+        TextConditioner(tokenizer, encoder, 6)(torch.ones(2, 6, dtype=torch.long))
     assert tokenizer.padding["length"] == 6 and tokenizer.truncation["max_length"] == 2
 
 

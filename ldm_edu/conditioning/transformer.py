@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ldm_edu.layers import Attention
+from ldm_edu.runtime import UserError
 
 
 class TransformerLayer(nn.Module):
@@ -35,6 +36,9 @@ class TextTransformer(nn.Module):
         vocabulary: number of different tokens.
         length: of a caption, in tokens.
         channels, layers, heads: width of the sequence, number of layers, attention heads of each.
+
+    Raises:
+        UserError: captions of another length.
     """
 
     def __init__(self, vocabulary: int, length: int, channels: int, layers: int, heads: int) -> None:
@@ -52,6 +56,10 @@ class TextTransformer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """`(B, length)` to `(B, length, channels)`."""
+        if tokens.shape[-1] != self.places.num_embeddings:
+            raise UserError(
+                f"This transformer reads captions of {self.places.num_embeddings} tokens, not {tokens.shape[-1]}."
+            )
         x = self.norm(self.words(tokens) + self.places.weight)
         for layer in self.layers:
             x = layer(x)

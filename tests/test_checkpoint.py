@@ -254,7 +254,7 @@ def test_a_config_cut_anywhere_is_refused(originals: dict[str, Path], tmp_path: 
         ("conditioner.tokenizer", "{}", ["incomplete or wrong"]),
         ("conditioner.encoder", "GPT2Model", ["GPT2Model"]),
         ("conditioner.length", None, ["incomplete or wrong", "length"]),
-        ("conditioner.encoder_config.vocabulary", 5, ["does not fit its weights"]),
+        ("conditioner.encoder_config.vocab_size", 5, ["does not fit its weights"]),
         ("conditioner.encoder_config.depth", 5, ["incomplete or wrong", "depth"]),
         ("schedule.kind", "sine", ["sine"]),
         ("schedule.T", 0, ["T=0"]),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Encoding, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
 from ldm_edu.conditioning.transformer import TextTransformer
@@ -122,21 +122,20 @@ class TextConditioner(nn.Module):
             UserError: a caption longer than the model reads.
         """
         captions = [captions] if isinstance(captions, str) else list(captions)
-        encoded = [encoding.ids for encoding in self.tokenizer.encode_batch(captions)]
-        for caption, tokens in zip(captions, encoded, strict=True):
-            if len(tokens) > self.length:
+        encodings = self.tokenizer.encode_batch(captions)
+        for caption, encoding in zip(captions, encodings, strict=True):
+            if (count := len(encoding.ids)) > self.length:
                 raise UserError(
-                    f"The prompt is too long: {len(tokens)} tokens, and this model reads {self.length}: {caption!r}."
+                    f"The prompt is too long: {count} tokens, and this model reads {self.length}: {caption!r}."
                 )
-            if self._unknown_token in tokens:
-                raise UnknownWords(self._unknown(caption))
-        return torch.tensor(encoded)
+            if self._unknown_token in encoding.ids:
+                raise UnknownWords(self._unknown(caption, encoding))
+        return torch.tensor([encoding.ids for encoding in encodings])
 
-    def _unknown(self, caption: str) -> str:
-        words = [w for w, _ in self.tokenizer.pre_tokenizer.pre_tokenize_str(caption.lower())]
-        vocabulary = self.tokenizer.get_vocab()
-        strange = ", ".join(repr(w) for w in dict.fromkeys(words) if w not in vocabulary)
-        known = ", ".join(sorted(w for w in vocabulary if w[0].isalnum())[:200])  # no [PAD], and no comma
+    def _unknown(self, caption: str, encoding: Encoding) -> str:
+        spans = [span for token, span in zip(encoding.ids, encoding.offsets) if token == self._unknown_token]
+        strange = ", ".join(dict.fromkeys(repr(caption[start:stop]) for start, stop in spans))
+        known = ", ".join(sorted(w for w in self.tokenizer.get_vocab() if w[0].isalnum())[:200])  # no [PAD], no comma
         return f"This model never saw {strange} (in {caption!r}). It knows these words: {known}."
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ class TextTransformer(nn.Module):
     goes into attention and MLP. As in the paper, padding is read like any word, so nothing is masked.
 
     Args:
-        vocabulary: number of different tokens.
+        vocab_size: number of different tokens.
         length: of a caption, in tokens.
         channels, layers, heads: width of the sequence, number of layers, attention heads of each.
 
@@ -41,11 +41,11 @@ class TextTransformer(nn.Module):
         UserError: captions of another length.
     """
 
-    def __init__(self, vocabulary: int, length: int, channels: int, layers: int, heads: int) -> None:
+    def __init__(self, vocab_size: int, length: int, channels: int, layers: int, heads: int) -> None:
         super().__init__()
-        self.settings = dict(vocabulary=vocabulary, length=length, channels=channels, layers=layers, heads=heads)
-        self.words = nn.Embedding(vocabulary, channels)
-        self.places = nn.Embedding(length, channels)
+        self.settings = dict(vocab_size=vocab_size, length=length, channels=channels, layers=layers, heads=heads)
+        self.token_embedding = nn.Embedding(vocab_size, channels)
+        self.position_embedding = nn.Embedding(length, channels)
         self.norm = nn.LayerNorm(channels, eps=1e-12)
         self.layers = nn.ModuleList(TransformerLayer(channels, heads) for _ in range(layers))
         for module in self.modules():
@@ -56,11 +56,9 @@ class TextTransformer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """`(B, length)` to `(B, length, channels)`."""
-        if tokens.shape[-1] != self.places.num_embeddings:
-            raise UserError(
-                f"This transformer reads captions of {self.places.num_embeddings} tokens, not {tokens.shape[-1]}."
-            )
-        x = self.norm(self.words(tokens) + self.places.weight)
+        if tokens.shape[-1] != (length := self.position_embedding.num_embeddings):
+            raise UserError(f"This transformer reads captions of {length} tokens, not {tokens.shape[-1]}.")
+        x = self.norm(self.token_embedding(tokens) + self.position_embedding.weight)
         for layer in self.layers:
             x = layer(x)
         return x

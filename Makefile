@@ -69,7 +69,8 @@ $(STAMP): pyproject.toml requirements.lock $(REDO)
 			echo "$$python has no complete venv module. Debian, Ubuntu: sudo apt install python3-venv" >&2; exit 1; \
 		fi; fi
 	@$(UV) --version >/dev/null 2>&1 || $(PYTHON) -m pip install --quiet --disable-pip-version-check uv
-	$(UV) pip install --python $(PYTHON) $(if $(TORCH),--torch-backend=$(TORCH)) \
+	@# Compiled here, once: where PYTHONDONTWRITEBYTECODE is set, as in many containers, every kernel would do it again.
+	$(UV) pip install --compile-bytecode --python $(PYTHON) $(if $(TORCH),--torch-backend=$(TORCH)) \
 		-c requirements.lock -e ".[test]"
 	@# matplotlib lists the fonts once for each user, and says so; better here than in a notebook's output.
 	@$(PYTHON) -c "import matplotlib.font_manager" 2>/dev/null

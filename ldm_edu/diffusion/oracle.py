@@ -62,9 +62,11 @@ class GaussianMixture:
         The squared distances are multiplied out: with many components, all differences would fill the memory.
         """
         level = torch.as_tensor(alpha_cumprod, dtype=torch.float64, device="cpu").view(-1, 1)
+        if level.equal(level[:1].expand_as(level)):
+            level = level[:1]  # as in every sampler: what depends on ᾱ alone is computed for one row
         variance = level * self.std**2 + 1 - level
         points, means = z.cpu().double().flatten(1), self.means.flatten(1)
-        lengths = points.square().sum(1, keepdim=True) + level * means.square().sum(1)
-        away = lengths - 2 * level.sqrt() * (points @ means.T)
-        density = -0.5 * (away / variance + points.shape[1] * (2 * torch.pi * variance).log())
-        return self.weights.log() + density, level, variance
+        peaks = self.weights.log() - 0.5 * points.shape[1] * (2 * torch.pi * variance).log()
+        density = (level.sqrt() * points) @ means.T
+        density.sub_(0.5 * points.square().sum(1, keepdim=True)).sub_(0.5 * level * means.square().sum(1))
+        return density.div_(variance).add_(peaks), level, variance

@@ -110,10 +110,11 @@ def test_the_timestep_slider_follows_the_keyboard(tmp_path):
             slider.press(key)
             noisy = widget.locator(f"img[alt='zₜ at {label}: a grey square']")
             noisy.wait_for(timeout=PATIENCE)
-            assert f"Denoising: {label}" in widget.inner_text()
+            # The label comes in a message of its own, after the pictures'.
+            widget.filter(has_text=f"Denoising: {label}").wait_for(timeout=PATIENCE)
             seen[label] = noisy.get_attribute("src")
             # not only sent, but decoded and on the page
-            assert noisy.evaluate("image => image.complete && image.naturalWidth") == 64
+            assert noisy.evaluate("image => image.decode().then(() => image.naturalWidth)") == 64
             assert noisy.bounding_box()["width"] == 256
         assert len(set(seen.values())) == 4
         browser.close()

@@ -112,6 +112,7 @@ def test_the_timestep_slider_follows_the_keyboard(tmp_path):
             noisy.wait_for(timeout=PATIENCE)
             # The label comes in a message of its own, after the pictures'.
             widget.filter(has_text=f"Denoising: {label}").wait_for(timeout=PATIENCE)
+            assert f"Denoising: {label}" in widget.inner_text()
             seen[label] = noisy.get_attribute("src")
             # not only sent, but decoded and on the page
             assert noisy.evaluate("image => image.decode().then(() => image.naturalWidth)") == 64

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
-    """About U Vᵀ of each matrix U S Vᵀ: `(..., m, n)` to bfloat16 of the same shape.
+    """About U Vᵀ of each matrix U S Vᵀ: `(B, m, n)` to bfloat16 of the same shape.
 
     Newton-Schulz iterations with the quintic of the reference. Singular values come out between about 0.7 and 1.2,
     which is near enough.
@@ -24,7 +24,8 @@ def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        inner = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)  # -4.7750 G + 2.0315 G²
+        x = torch.baddbmm(x, inner, x, beta=3.4445)  # 3.4445 X + inner X
     return x.mT if tall else x
 
 

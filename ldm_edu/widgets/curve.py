@@ -39,6 +39,7 @@ class LossCurve(StillBox):
         self.values: dict[str, list[float]] = {name: [] for name in self.names}
         self.picture = HTML()
         self._drawn_at = -float("inf")
+        self._drawn: tuple[int, np.ndarray | None] = (0, None)  # how many steps, and their picture
         super().__init__([self.picture])
         self.add_class("ldm-curve")
 
@@ -66,6 +67,12 @@ class LossCurve(StillBox):
         return png(self._drawing(), colours=64) if self.steps else None
 
     def _drawing(self) -> np.ndarray:
+        """The picture of all steps noted so far: drawn once, for the page and for the file."""
+        if self._drawn[0] < len(self.steps):
+            self._drawn = len(self.steps), self._draw()
+        return self._drawn[1]
+
+    def _draw(self) -> np.ndarray:
         figure = Figure(figsize=(6.4, 3.2), dpi=100, layout="constrained")
         axes = figure.subplots()
         for (name, values), style in zip(self.values.items(), cycle(("-", "--", ":", "-."))):

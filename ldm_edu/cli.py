@@ -281,7 +281,3 @@ def lab(context: typer.Context) -> None:
     if hasattr(os, "geteuid") and os.geteuid() == 0:  # in a container, say
         command.append("--allow-root")
     raise typer.Exit(subprocess.call([*command, *context.args]))
-
-
-if __name__ == "__main__":
-    main()

@@ -88,7 +88,7 @@ def test_lab_starts_jupyterlab_on_the_tour(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def program(*arguments: object, code: str | None = None, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    command = ["-c", code] if code else ["-m", "ldm_edu.cli", *map(str, arguments)]
+    command = ["-c", code] if code else ["-m", "ldm_edu", *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
@@ -101,7 +101,7 @@ def test_help_does_not_wait_for_torch():
     )
     assert imports.stdout == "[]\n", imports.stderr
     result = program("--help")
-    assert result.returncode == 0
+    assert result.returncode == 0 and result.stdout.startswith("Usage: ldm-edu ")
     assert all(command in result.stdout for command in COMMANDS)
 
 

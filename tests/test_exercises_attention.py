@@ -101,6 +101,7 @@ def on_map(rule: Callable) -> Callable:
     "check, answer",
     [
         (check_geglu, geglu), (check_word_overlap, word_overlap),
+        (check_word_overlap, torch.no_grad()(lambda *a: word_overlap(*a).item())),  # a measurement: no gradients asked
         (check_timestep_embedding, embedding), (check_zero_output, last), (check_attention, attention),
         (check_attention, lambda q, k, v, h: all_heads(q, k, v, h).transpose(1, 2).flatten(2)),
     ],
@@ -168,7 +169,7 @@ OVERLAP = {
     "not by the largest": on_map(lambda w, box: (w / w.max()) @ box / box.mean()),
     "inside with outside": on_map(lambda w, box: w @ box / box.sum() / (w @ (1 - box)) * (1 - box).sum()),
     "counts half": on_map(lambda w, box: w[box > 0].sum() / w.sum() / (box > 0).float().mean()),
-    "not a tensor": lambda *a: word_overlap(*a).item(),
+    r"shape \(1,\); it should be \(\)": lambda *a: word_overlap(*a)[None],
 }
 test_a_wrong_solution_is_refused_in_words, test_what_a_learner_leaves_undone_is_refused_in_words = refusals(
     CHECKS, (EMBEDDING, ZERO, ATTENTION, GEGLU, OVERLAP)

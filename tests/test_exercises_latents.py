@@ -63,7 +63,8 @@ def test_other_ways_of_writing_them_pass_too(capsys: pytest.CaptureFixture):
     check_latent_scale(lambda z: 1 / z.flatten().std())
     check_condition_dropout(lambda y, e, p, g: torch.where(torch.rand(len(y), 1, generator=g) < p, e, y))
     check_condition_dropout(lambda y, e, p, g: y.where(torch.rand(len(y), 1, generator=g) < 1 - p, e))
-    assert capsys.readouterr().out.count("ok: ") == 3
+    check_to_image(torch.no_grad()(lambda decode, z, s: decode(z / s)))  # as the package's own
+    assert capsys.readouterr().out.count("ok: ") == 4
 
 
 def deviations(latents: Tensor, *dims: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm_edu.exercises.grading import Answer, ExerciseError, Mistake, grade
+from ldm_edu.exercises.grading import Answer, ExerciseError, Mistake, grade, grade_values
 from ldm_edu.layers import ResidualBlock
 from ldm_edu.layers.attention import attend
 from ldm_edu.unet import timestep_embedding
@@ -156,7 +156,7 @@ def check_word_overlap(answer: Answer) -> None:
     """Check `answer(probabilities, token, box)`: the share of a word's attention in a box over the box's own share.
 
     `probabilities` (heads, N, M) sum to 1 over the M words, `token` is the word's place, `box` (N,) how much of each
-    place the box covers, 0 to 1. The heads are averaged first. The answer is a tensor with one number.
+    place the box covers, 0 to 1. The heads are averaged first. The answer is one number.
     """
 
     def ratio(weights: Tensor, box: Tensor) -> Tensor:
@@ -188,4 +188,4 @@ def check_word_overlap(answer: Answer) -> None:
     probabilities = (2 * torch.randn(2, 6, 3, generator=draw)).softmax(-1)
     boxes = torch.tensor([[0, 1, 0.5, 0, 0.25, 0], [0, 0, 0, 1, 1, 0.5]])
     cases = [(probabilities, token, box) for token, box in zip((0, 2), boxes, strict=True)]
-    grade("word overlap", answer, right, cases, mistakes)
+    grade_values("word overlap", answer, right, cases, mistakes)

@@ -5,13 +5,11 @@ A level, ᾱ, comes to the learner's function as a tensor without dimensions. Gr
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from ldm_edu.diffusion import convert, ddim, reverse_variances
-from ldm_edu.exercises.grading import Answer, Mistake, grade
+from ldm_edu.exercises.grading import Answer, Mistake, grade_values
 
 
 def check_noising(answer: Answer) -> None:
@@ -47,7 +45,7 @@ def check_noising(answer: Answer) -> None:
     cases = [
         (z0, noise, torch.tensor([0.95, 0.8, 0.6, 0.3, 0.1]), t) for t in torch.tensor([[3, 1, 4], [2, 2, 4]])
     ]
-    _grade("noising", answer, right, cases, mistakes)
+    grade_values("noising", answer, right, cases, mistakes)
 
 
 def check_posterior_variance(answer: Answer) -> None:
@@ -84,7 +82,7 @@ def check_posterior_variance(answer: Answer) -> None:
          lambda b: reverse_variances((1 - b).cumprod(0), "posterior")),
     ]  # fmt: skip
     cases = [(torch.linspace(0.1, 0.6, 6),), (torch.tensor([0.3, 0.2, 0.5, 0.05]),)]
-    _grade("posterior variance", answer, right, cases, mistakes)
+    grade_values("posterior variance", answer, right, cases, mistakes)
 
 
 def check_v(answer: Answer) -> None:
@@ -111,7 +109,7 @@ def check_v(answer: Answer) -> None:
             a.sqrt() * e - (1 - a).sqrt() * (z - (1 - a).sqrt() * e)),
     ]  # fmt: skip
     epsilon, z = _normal(2, 2, 3, 3)
-    _grade("v from ε", answer, right, [(epsilon, z, 0.7), (epsilon, z, 0.05)], mistakes)
+    grade_values("v from ε", answer, right, [(epsilon, z, 0.7), (epsilon, z, 0.05)], mistakes)
 
 
 def check_ddim_step(answer: Answer) -> None:
@@ -141,7 +139,7 @@ def check_ddim_step(answer: Answer) -> None:
          step(lambda z0, e, now, to: to.sqrt() * z0 - (1 - to).sqrt() * e)),
     ]  # fmt: skip
     z, epsilon = _normal(2, 2, 3, 3)
-    _grade("DDIM step", answer, right, [(z, epsilon, 0.2, 0.5), (z, epsilon, 0.6, 0.9)], mistakes)
+    grade_values("DDIM step", answer, right, [(z, epsilon, 0.2, 0.5), (z, epsilon, 0.6, 0.9)], mistakes)
 
 
 def check_eta(answer: Answer) -> None:
@@ -163,7 +161,7 @@ def check_eta(answer: Answer) -> None:
         ("`now` and `following` are exchanged: ᾱ rises on the way to clean.", lambda n, a, b: right(n, b, a)),
     ]  # fmt: skip
     cases = [(1.0, 0.2, 0.5), (0.3, 0.2, 0.5), (0.5, 0.6, 0.9), (0.0, 0.6, 0.9)]
-    _grade("η", answer, right, cases, mistakes)
+    grade_values("η", answer, right, cases, mistakes)
 
 
 def check_second_order_step(answer: Answer) -> None:
@@ -205,23 +203,9 @@ def check_second_order_step(answer: Answer) -> None:
     ]  # fmt: skip
     (z, z0), (z0_before, _) = _normal(2, 2, 3, 3), _normal(2, 2, 3, 3, seed=1)
     cases = [(z, z0, z0_before, 0.05, 0.2, 0.7), (z, z0, z0_before, 0.3, 0.6, 0.8)]
-    _grade("second-order step", answer, right, cases, mistakes)
+    grade_values("second-order step", answer, right, cases, mistakes)
 
 
 def _normal(*shape: int, seed: int = 0) -> Tensor:
     """Two batches of noise."""
     return torch.randn(2, *shape, generator=torch.Generator().manual_seed(seed))
-
-
-def _grade(name: str, answer: Answer, right: Answer, cases: list[tuple], mistakes: list[Mistake]) -> None:
-    """Grade the values alone, whichever way the learner computes: floats come as tensors, and nothing has gradients."""
-
-    def plain(rule: Answer) -> Answer:
-        @functools.wraps(rule)
-        def run(*arguments: Tensor | float) -> Tensor | None:
-            found = rule(*(a.detach() if isinstance(a, Tensor) else torch.tensor(a) for a in arguments))
-            return found if found is None else torch.as_tensor(found, dtype=torch.float32).detach()
-
-        return run
-
-    grade(name, plain(answer), plain(right), cases, [(words, plain(wrong)) for words, wrong in mistakes])

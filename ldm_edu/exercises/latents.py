@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_edu.diffusion import Schedule
-from ldm_edu.exercises.grading import Answer, ExerciseError, Mistake, grade
+from ldm_edu.exercises.grading import Answer, ExerciseError, Mistake, grade, grade_values
 
 
 def check_latent_scale(answer: Answer) -> None:
@@ -73,7 +73,7 @@ def check_to_image(answer: Answer) -> None:
     ]
     z = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
     cases = [(_Decoder(), z, 0.18215), (_Decoder(), z, 2.5)]
-    grade("to image", answer, lambda decode, z, scale: decode(z / scale), cases, mistakes)
+    grade_values("to image", answer, lambda decode, z, scale: decode(z / scale), cases, mistakes)
 
 
 def check_condition_dropout(answer: Answer) -> None:

@@ -128,6 +128,7 @@ ZERO = {
     "a norm at zero": lambda block: zeroed(block, "norm2.weight", "norm2.bias"),
     "reaches conv2 any more": everything,
     "nothing reaches conv2": lambda block: zeroed(last(block), "norm2.weight", "norm2.bias"),
+    "no gradient in the first step": lambda block: zeroed(block, "norm2.weight", "norm2.bias", "conv2.bias"),
     "shortcut must stay": no_shortcut,
     "nothing has changed": lambda block: block,
     "must still learn": frozen,

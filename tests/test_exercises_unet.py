@@ -66,6 +66,11 @@ def as_many_as_down(channels: int, multipliers: tuple[int, ...], blocks: int) ->
     return found
 
 
+def conv_in_as_wide_as_the_first_level(channels: int, multipliers: tuple[int, ...], blocks: int) -> list[int]:
+    found = solution(channels, multipliers, blocks)
+    return [*found[:-1], found[-1] + channels * (multipliers[0] - 1)]
+
+
 @pytest.mark.parametrize("answer", [solution, lambda *a: tuple(solution(*a))])
 def test_a_right_solution_passes(answer: Callable, capsys: pytest.CaptureFixture):
     assert check_skip_channels(answer) is None
@@ -80,6 +85,7 @@ WRONG = {
     "one block more": as_many_as_down,
     r"shape \(4,\); it should be \(6,\)": lambda *a: solution(*a)[2:],
     "is 128; it should be 256": lambda *a: solution(*a)[::-1],
+    "is 128; it should be 96": conv_in_as_wide_as_the_first_level,
     "IndexError": lambda c, m, b: made(c, m, b)[99],
 }
 test_a_wrong_solution_is_refused_in_words, test_what_a_learner_leaves_undone_is_refused_in_words = refusals(

@@ -54,11 +54,12 @@ def check_zero_output(answer: Answer) -> None:
                 block = rule(ResidualBlock(x.shape[1], out_channels, time.shape[1], groups=2))
             if block is None:
                 return None
-            output, last = block(x, time), block.conv2.weight
-            if not last.requires_grad:
-                raise ExerciseError("conv2 must still learn: only set it to zero, and leave requires_grad alone.")
-            (learns,) = torch.autograd.grad(output.square().sum(), last, retain_graph=True)
-            return torch.cat([output.flatten(), learns.flatten()])
+            output = block(x, time)
+            if not all(weight.requires_grad for weight in block.parameters()):
+                raise ExerciseError("all must still learn: only set conv2 to zero, and leave requires_grad alone.")
+            last = block.conv2.weight, block.norm2.weight
+            learns = torch.autograd.grad(output.square().sum(), last, retain_graph=True)
+            return torch.cat([part.flatten() for part in (output, *learns)])
 
         return run
 
@@ -78,6 +79,8 @@ def check_zero_output(answer: Answer) -> None:
         ("a norm at zero leaves conv2's bias in the sum; set conv2 to zero.", zeroed("norm2")),
         ("nothing reaches conv2 any more, so it cannot learn: set conv2 alone to zero.", zeroed("")),
         ("nothing reaches conv2 any more, so it cannot learn: set conv2 alone to zero.", zeroed("conv2", "norm2")),
+        ("it starts as its shortcut, but conv2 has no gradient in the first step: leave the norm, set conv2 to zero.",
+         zeroed("norm2", "conv2.bias")),
         ("the shortcut must stay: without it the block lets nothing through.", zeroed("conv2", "shortcut")),
         ("nothing has changed.", zeroed("none")),
     ]

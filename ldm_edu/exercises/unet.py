@@ -49,7 +49,7 @@ def check_skip_channels(answer: Answer) -> None:
 
     mistakes: list[Mistake] = [
         ("each level takes one skip connection that came from above: what the downsampling before it gave, or conv_in, "
-         "which is as wide as the level above.", variant(own=True)),
+         "which has `channels`.", variant(own=True)),
         ("you take the skip connections in the order in which they were made; the last one made is taken first.",
          variant(first=True)),
         ("a skip connection is concatenated: its channels come on top.", variant(add=True)),
@@ -57,5 +57,5 @@ def check_skip_channels(answer: Answer) -> None:
          variant(stays=True)),
         ("on the way up a level has one block more than on the way down.", variant(fewer=1)),
     ]  # fmt: skip
-    cases = [(64, (1, 2, 2), 1), (32, (1, 2, 4), 2), (320, (1, 2, 4, 4), 2)]
+    cases = [(64, (1, 2, 2), 1), (32, (1, 2, 4), 2), (320, (1, 2, 4, 4), 2), (32, (2, 4), 3)]
     grade("skip channels", in_numbers(answer), in_numbers(built), cases, mistakes)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,10 @@ class LatentDiffusion(nn.Module):
         self.latent_scale, self.prediction, self.latent_size = float(latent_scale), prediction, latent_size
         self._compiled: dict[torch.dtype, Denoiser] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy: compiled programs stay here."""
+        return self.__dict__ | {"_compiled": {}}
+
     @property
     def device(self) -> torch.device:
         """Where the model is."""
@@ -83,7 +88,8 @@ class LatentDiffusion(nn.Module):
 
     def to_latent(self, images: Tensor) -> Tensor:
         """Pictures `(B, 3, H, W)` in [-1, 1] to scaled latents `(B, c, H/f, W/f)`."""
-        return self.first_stage.encode(images.to(self.unet.conv_in.weight)) * self.latent_scale
+        weight = self.unet.conv_in.weight
+        return self.first_stage.encode(images.to(weight)).to(weight) * self.latent_scale
 
     @torch.no_grad()
     def to_image(self, latents: Tensor) -> Tensor:
@@ -187,7 +193,7 @@ class LatentDiffusion(nn.Module):
         weights = checkpoint.fingerprint(self.first_stage.state_dict())
         embed_first_stage |= not checkpoint.is_committed(weights)
         tensors = {
-            n: t
+            n.replace("_orig_mod.", ""): t  # which torch.compile adds
             for n, t in self.state_dict().items()
             if embed_first_stage or not n.startswith("first_stage.")
         }

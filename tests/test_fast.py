@@ -1,5 +1,7 @@
 """What makes sampling faster changes nothing else: K and V kept, the network compiled, and the way back."""
 
+import copy
+import pickle
 import shutil
 from dataclasses import replace
 
@@ -80,12 +82,43 @@ def test_a_unet_without_context():
         assert torch.equal(Denoiser(unet)(z, t, None), unet(z, t))
 
 
-def test_other_weights_are_noticed(unet: UNet):
-    denoiser = Denoiser(unet)
-    assert denoiser.is_of(unet)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_weights_are_noticed(unet: UNet, dtype: torch.dtype):
+    denoiser = Denoiser(unet, compile=True, dtype=dtype)
     with torch.no_grad():
         unet.conv_in.weight.mul_(1)
-    assert not denoiser.is_of(unet) and Denoiser(unet).is_of(unet)
+    assert denoiser.is_of(unet), "the same numbers, written again"
+    for p in unet.parameters():
+        p.grad = torch.ones_like(p)
+    torch.optim.AdamW(unet.parameters(), lr=0.1, fused=True).step()  # raises no weight's version counter
+    assert not denoiser.is_of(unet)
+    denoiser = Denoiser(unet, compile=True, dtype=dtype)
+    assert denoiser.is_of(unet)
+    unet.conv_in.weight.data[0] += 1
+    assert not denoiser.is_of(unet)
+
+
+def test_a_unet_of_the_same_weights_and_other_heads_is_another(unet: UNet):
+    other = UNet(replace(unet.config, heads=2 * unet.config.heads))
+    other.load_state_dict(unet.state_dict())
+    assert not Denoiser(unet, compile=True).is_of(other)
+
+
+def test_a_prompt_that_was_written_into_is_another(unet: UNet):
+    denoiser, (z, t, context) = Denoiser(unet), given()
+    denoiser(z, t, context)
+    context.mul_(2)
+    with torch.no_grad():
+        torch.testing.assert_close(denoiser(z, t, context), unet(z, t, context))
+
+
+def test_the_compiler_sees_one_memory_order(unet: UNet, monkeypatch: pytest.MonkeyPatch):
+    strides = []
+    monkeypatch.setattr("ldm_edu.unet.fast.compiled", lambda f: lambda z, *a: strides.append(z.stride()) or f(z, *a))
+    denoiser, (z, t, context) = Denoiser(unet, compile=True), given()
+    answers = [denoiser(x, t, context) for x in (z, z.to(memory_format=torch.channels_last))]
+    assert len(strides) == 2 and strides[0] == strides[1]
+    torch.testing.assert_close(*answers)
 
 
 def test_without_a_compiler_it_says_why_and_goes_on(unet: UNet, monkeypatch: pytest.MonkeyPatch):
@@ -126,6 +159,14 @@ def test_the_pipeline_compiles_once_for_the_same_weights(monkeypatch: pytest.Mon
         model.unet.conv_out.bias += 1
     torch.testing.assert_close(sample(compiled=True), sample())
     assert len(compiled) == 3
+
+
+def test_a_model_that_was_compiled_can_be_pickled_and_copied(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("ldm_edu.unet.fast.compiled", lambda network: lambda *given: network(*given))
+    model = tiny.latent_diffusion()
+    expected = model.sample("a red circle", num_steps=2, compiled=True)
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        torch.testing.assert_close(other.sample("a red circle", num_steps=2), expected)
 
 
 @pytest.mark.slow

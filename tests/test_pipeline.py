@@ -235,3 +235,26 @@ def test_seeds_of_numpy_and_a_single_prompt(model: LatentDiffusion):
     for seeds in (np.int64(3), np.array([3, 4]), torch.tensor([3, 4])):
         assert torch.equal(model.sample(["a red star"] * 2, seeds=seeds, **settings), expected)
     assert torch.equal(model.context("a red star"), model.context(["a red star"]))
+
+
+def test_a_model_made_without_autograd_draws_the_same():
+    with torch.inference_mode():
+        images = tiny.latent_diffusion().sample(PROMPTS[:2], num_steps=2)
+    torch.testing.assert_close(images, tiny.latent_diffusion().sample(PROMPTS[:2], num_steps=2))
+
+
+def test_half_a_model_encodes_and_decodes():
+    model, images = tiny.latent_diffusion().bfloat16(), torch.rand(2, 3, 16, 16) * 2 - 1
+    stage = model.first_stage
+    assert stage.decode(stage.encode(images.bfloat16())).dtype == torch.bfloat16
+    latents = model.to_latent(images)
+    assert latents.dtype == model.unet.conv_in.weight.dtype and model.to_image(latents).dtype == torch.float32
+
+
+def test_a_model_with_a_compiled_unet_is_saved_like_any_other(tmp_path: Path):
+    model = tiny.latent_diffusion()
+    expected = model.sample(PROMPTS[:2], num_steps=2)
+    model.unet = torch.compile(model.unet, backend="eager")
+    model.save(tmp_path / "model", "a card")
+    back = LatentDiffusion.load(tmp_path / "model").sample(PROMPTS[:2], num_steps=2)
+    assert (back - expected).abs().mean() < 0.01  # fp16 on disk

@@ -92,6 +92,7 @@ class FirstStage(nn.Module):
 
         A batch too large for the memory is decoded picture by picture, a picture too large in strips (`strips`).
         """
+        latent = latent.to(self.post_quant_conv.weight.dtype)  # a KL latent is float32, also of half a model
         if torch.is_grad_enabled() or fits_whole(self.decoder, latent):
             return self.decoder(self.post_quant_conv(latent))
         if len(latent) > 1:

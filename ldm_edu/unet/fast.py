@@ -68,28 +68,39 @@ class Denoiser:
     """
 
     def __init__(self, unet: UNet, compile: bool = False, dtype: torch.dtype = torch.float32) -> None:
-        self.unet, self._context = unet, None
+        self.unet, self._kept = unet, None  # the last context, and its K and V
         self._programs: dict[Any, Callable[..., Any]] | None = {} if compile else None
         if compile:
             self.unet = copy.deepcopy(unet).eval().requires_grad_(False).to(dtype)
             if next(unet.parameters()).device.type == "cuda":
                 self.unet.to(memory_format=torch.channels_last)
-        self._versions = versions(unet)
 
     def is_of(self, unet: UNet) -> bool:
-        """Whether the weights are still those of `unet`, not trained on or replaced since."""
-        return self._versions == versions(unet)
+        """Whether the weights are still those of `unet`, not trained on, moved or replaced since.
+
+        Compared number by number: no version counter tells of a fused optimiser's step.
+        """
+        mine, theirs = list(self.unet.parameters()), list(unet.parameters())
+        same = self.unet.config == unet.config and len(mine) == len(theirs)
+        return same and all(a.device == b.device and torch.equal(a, b.to(a.dtype)) for a, b in zip(mine, theirs))
 
     @torch.no_grad()
     def __call__(self, z: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
         """`z` (B, c, h, w), `t` (B,), `context` (B, M, d): the prediction, in single precision."""
         self.unet.check(z, t, context)
         dtype = self.unet.conv_in.weight.dtype
-        if context is not None and context is not self._context:
-            self._context, self._kept = context, keys_and_values(self.unet, context.to(dtype))
-        kept = None if context is None else self._kept
-        output = self._answer(z.to(dtype), t, kept, (z.shape, None if context is None else context.shape))
+        kept = None if context is None else self._project(context, dtype)
+        shapes = z.shape, None if context is None else context.shape
+        # In one memory order, whichever the sampler left: another would be compiled for again.
+        output = self._answer(z.to(dtype).contiguous(), t, kept, shapes)
         return output.to(torch.float32, copy=True)  # the next call of a CUDA graph writes to the same memory
+
+    def _project(self, context: Tensor, dtype: torch.dtype) -> dict[Attention, KeyValue]:
+        version = None if context.is_inference() else context._version  # rises when it is written into
+        last = self._kept  # read once, written whole: another thread may be sampling, too
+        if last is None or last[0] is not context or last[1] != version:
+            self._kept = last = context, version, keys_and_values(self.unet, context.to(dtype))
+        return last[2]
 
     def _answer(self, z: Tensor, t: Tensor, kept: dict[Attention, KeyValue] | None, shapes: Any) -> Tensor:
         if self._programs is None:
@@ -103,8 +114,3 @@ class Denoiser:
             warnings.warn(f"Sampling without the compiler, which failed: {reason[0]}", stacklevel=3)
             self._programs = None
             return self.unet(z, t, kept)
-
-
-def versions(unet: UNet) -> list[tuple[int, int, torch.device]]:
-    """Which weights these are: changes when they are trained, loaded or moved, but not when written through `.data`."""
-    return [(id(p), p._version, p.device) for p in unet.parameters()]

@@ -26,15 +26,21 @@ class UserError(ValueError):
 def pick_device(name: str | None = None) -> torch.device:
     """The device to run on: `name`, else `$LDM_EDU_DEVICE`, else cuda, mps or cpu, the first there is.
 
+    Of several GPUs "cuda:1" is the second, and then "cuda" means it, too. Without a number it is the first; in each of
+    the processes that torchrun or `accelerate launch` starts, its own.
+
     Raises:
         UserError: the device asked for is unknown or not on this machine.
     """
     name = name or os.environ.get("LDM_EDU_DEVICE")
     if not name:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return torch.device(accelerator.type if accelerator else "cpu")
+        name = accelerator.type if accelerator else "cpu"
     try:
         device = torch.device(name)
+        number = os.environ.get("LOCAL_RANK") if device.index is None else device.index
+        if device.type == "cuda" and number is not None:
+            torch.cuda.set_device(int(number))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

@@ -1,8 +1,10 @@
 """Training: the loop against one written bare, and words for mistakes."""
 
 import csv
+import errno
 import math
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -17,7 +19,8 @@ from ldm_edu.runtime import UserError
 from ldm_edu.training import Settings, fit, override
 from ldm_edu.training.diffusion import DiffusionSettings
 from ldm_edu.training.first_stage import FirstStageSettings
-from ldm_edu.training.fit import learning_rate, step_generator, update_ema
+from ldm_edu.training.fit import _players, learning_rate, step_generator, update_ema
+from ldm_edu.training.state import History
 
 
 @pytest.fixture(autouse=True)
@@ -135,6 +138,53 @@ def test_where_a_run_cannot_be_saved(tmp_path: Path):
     with pytest.raises(UserError, match="not empty.*--resume"):
         fit(Line(), three_numbers, SHORT, tmp_path / "out")
     assert tables(tmp_path / "out")[1] == before and (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_full_disk_is_said_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ldm_edu.training.state.write_folder", full)
+        with pytest.raises(UserError, match="Cannot save to .*No space left on device.*make room"):
+            fit(Line(), three_numbers, SHORT, tmp_path / "out")
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(UserError, match="Cannot save to .*other.*No space left on device"):
+        fit(Line(), three_numbers, SHORT, tmp_path / "other")
+
+
+def test_the_precision_is_that_of_one_run_only():
+    """Also where the run before was interrupted."""
+    rounds: list[bool] = []
+
+    class Watched(Line):
+        def forward(self, *given: object) -> tuple:
+            rounds.append(torch.is_autocast_enabled("cpu"))
+            return super().forward(*given)
+
+    objective = Watched()
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for precision, on_step in (("bf16", interrupted), ("no", None), ("bf16", None)):
+        settings = replace(SHORT, steps=2, log_every=1, precision=precision)
+        with pytest.raises(KeyboardInterrupt) if on_step else nullcontext():
+            fit(objective, three_numbers, settings, on_step=on_step)
+    objective(three_numbers(generator := step_generator(0, 0)), generator)
+    assert rounds == [True] + [False] * 2 + [True] * 2 + [False]
+
+
+def test_a_row_that_was_cut_off_is_dropped(tmp_path: Path):
+    path = tmp_path / "history.csv"
+    path.write_text("step,loss\n50,0.5\n100,0.4\n1")
+    assert History(path, keep_to=100).text() == path.read_text() == "step,loss\n50,0.5\n100,0.4\n"
+
+
+def test_a_compiled_objective_has_the_same_players():
+    objective = nn.ModuleDict({"model": nn.Linear(2, 2), "discriminator": nn.Linear(2, 1)})
+    wrapped = torch.compile(objective, backend="eager")
+    assert [len(player) for player in _players(wrapped)] == [len(player) for player in _players(objective)] == [2, 2]
 
 
 def test_a_run_is_not_resumed_with_other_settings_or_another_model(tmp_path: Path):

@@ -239,6 +239,7 @@ def seconds(job: Job) -> float:
 @lru_cache(maxsize=1)
 def ready(job: Job) -> Callable[[], Tensor]:
     """The job's call, kept for the next time."""
+    pick_device(job.device)  # of several GPUs, the one that is waited for and whose memory is read
     return job.call()
 
 

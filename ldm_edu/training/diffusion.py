@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from ldm_edu.runtime import autocast, batches, has_fast_bfloat16, pick_device, p
 from ldm_edu.training.card import model_card
 from ldm_edu.training.fit import OnStep, fit, prepare_folder
 from ldm_edu.training.settings import Settings
+from ldm_edu.training.state import saving
 
 Batch = tuple[Tensor, Tensor]
 
@@ -92,9 +94,10 @@ def encode_all(
     parts = [encode(part.start, part.stop) for part in progress(list(batches(count, 256)), desc="encoding")]
     mean, std = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     if cache:
-        new = cache.with_suffix(".tmp")
-        save_file({"mean": mean, "std": std}, new)
-        os.replace(new, cache)
+        new = cache.with_suffix(".tmp" + os.environ.get("RANK", ""))  # each of several processes has its own
+        with saving(cache):
+            save_file({"mean": mean, "std": std}, new)
+            os.replace(new, cache)
     return mean, std
 
 
@@ -131,7 +134,7 @@ def train_diffusion(
 
     objective = DiffusionObjective(model, settings.condition_dropout)
     history = fit(objective, get_batch, settings, out, resume, on_step, desc=name)
-    if out:
+    if out and PartialState().is_main_process:
         trained = nn.ModuleList([model.unet, model.conditioner])
         card = model_card(name, about, settings, history, trained)
         model.save(out / "checkpoint", card, history.text(), embed_first_stage=False)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -143,6 +144,6 @@ def train_first_stage(
             on_step(step, readings)
 
     history = fit(objective_of(model, settings), get_batch, settings, out, resume, watch, desc=name)
-    if out:
+    if out and PartialState().is_main_process:
         model.save(out / "checkpoint", model_card(name, about, settings, history, model), history.text())
     return model.eval()

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from ldm_edu.runtime import UserError, has_fast_bfloat16, pick_device, progress
 from ldm_edu.training.muon import Muon
 from ldm_edu.training.settings import Settings
-from ldm_edu.training.state import History, load_state, save_state
+from ldm_edu.training.state import History, load_state, save_state, saving
 
 GetBatch = Callable[[torch.Generator], Any]
 OnStep = Callable[[int, dict[str, float]], None]
@@ -77,16 +78,17 @@ def fit(
         The history.
 
     Raises:
-        UserError: the loss is no longer finite, or `out` holds a run and `resume` is not set.
+        UserError: the loss is no longer finite, `out` holds a run and `resume` is not set, or cannot be written.
     """
     device = pick_device()
-    accelerator = _accelerator(settings, device)
+    players = _players(objective)
+    accelerator = _accelerator(settings, device, idle=len(players) > 1)
     if out is not None:
         prepare_folder(out, resume)
     if device.type == "cuda":
         objective = objective.to(memory_format=torch.channels_last)
-    prepared, optimizer = accelerator.prepare(objective.to(device).train(), _optimizer(objective, settings))
-    players = _players(objective)
+    inside = _Inside(objective.to(device).train())
+    prepared, optimizer = accelerator.prepare(inside, _optimizer(objective, settings))
     weights = [p for player in players for p in player]
     ema = [w.detach().clone() for w in weights]
     saved = load_state(out, objective, ema, optimizer, settings) if out and resume else None
@@ -143,13 +145,26 @@ def fit(
     return history
 
 
-def _accelerator(settings: Settings, device: torch.device) -> Accelerator:
+class _Inside(nn.Module):
+    """What accelerate may change for a run: the objective itself keeps its precision, and can be trained again."""
+
+    def __init__(self, objective: nn.Module) -> None:
+        super().__init__()
+        self.objective = objective
+
+    def forward(self, *given: Any) -> Any:
+        return self.objective(*given)
+
+
+def _accelerator(settings: Settings, device: torch.device, idle: bool) -> Accelerator:
     # Another run of this process may have had another precision, or another device.
     AcceleratorState._reset_state(reset_partial_state=True)
     precision = settings.precision
     if precision == "auto":
         precision = "bf16" if has_fast_bfloat16(device) else "no"
-    return Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
+    # With several processes: a discriminator's weights get no gradient in the steps before it has a say.
+    several = DistributedDataParallelKwargs(find_unused_parameters=idle)
+    return Accelerator(mixed_precision=precision, cpu=device.type == "cpu", kwargs_handlers=[several])
 
 
 def _optimizer(objective: nn.Module, settings: Settings) -> torch.optim.Optimizer:
@@ -170,7 +185,7 @@ def _optimizer(objective: nn.Module, settings: Settings) -> torch.optim.Optimize
 
 def _players(objective: nn.Module) -> list[list[nn.Parameter]]:
     """The weights to train: one list, or two where there is a discriminator, which is the second."""
-    named = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
+    named = [(name.removeprefix("_orig_mod."), p) for name, p in objective.named_parameters() if p.requires_grad]
     theirs = [p for name, p in named if name.startswith("discriminator.")]
     ours = [p for name, p in named if not name.startswith("discriminator.")]
     return [ours, theirs] if theirs else [ours]
@@ -180,15 +195,16 @@ def prepare_folder(out: Path, resume: bool) -> None:
     """Make a run's folder.
 
     Raises:
-        UserError: its parent does not exist, or it holds a run that `resume` does not take up.
+        UserError: its parent does not exist, it holds a run that `resume` does not take up, or cannot be written.
     """
     if not out.parent.is_dir():
         raise UserError(f"Cannot save to {out}: the folder {out.parent} does not exist. Create it first.")
     if out.is_file():
         raise UserError(f"Cannot save to {out}: it is a file. Choose another --out.")
-    if out.exists() and any(out.iterdir()) and not resume:
-        raise UserError(f"The folder {out} is not empty. Go on with --resume, or choose another --out.")
-    out.mkdir(exist_ok=True)
+    with saving(out):
+        out.mkdir(exist_ok=True)
+        if any(out.iterdir()) and not resume:
+            raise UserError(f"The folder {out} is not empty. Go on with --resume, or choose another --out.")
 
 
 def _tensorboard(out: Path | None) -> Any:

@@ -6,6 +6,8 @@ import csv
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,18 @@ from torch import Tensor, nn
 from ldm_edu.checkpoint import fill, write_folder
 from ldm_edu.runtime import UserError
 from ldm_edu.training.settings import Settings
+
+
+@contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """What the system refuses (a full disk, a folder of somebody else) in words, as a UserError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"Cannot save to {path}: {getattr(error, 'strerror', None) or error}. What was saved before is whole; "
+            "make room, or choose another --out."
+        ) from error
 
 
 def save_state(
@@ -41,7 +55,8 @@ def save_state(
     data = save({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()})
     scalars = {"step": step, **scalars}
     folder = out / f"step-{step:07d}"
-    write_folder(folder, {"state.safetensors": data, "state.json": json.dumps(scalars).encode()})
+    with saving(folder):
+        write_folder(folder, {"state.safetensors": data, "state.json": json.dumps(scalars).encode()})
     _keep_only(folder)
 
 
@@ -115,7 +130,7 @@ class History:
                 self.rows = [
                     row
                     for row in csv.DictReader(file)
-                    if (row["step"] or "").isdigit() and int(row["step"]) <= keep_to
+                    if None not in row.values() and row["step"].isdigit() and int(row["step"]) <= keep_to
                 ]
         self._write_all()
 
@@ -126,7 +141,7 @@ class History:
         if self.path and len(self.rows) == 1:
             self._write_all()
         elif self.path:
-            with open(self.path, "a", newline="") as file:
+            with saving(self.path), open(self.path, "a", newline="") as file:
                 csv.DictWriter(file, row, lineterminator="\n").writerow(row)
 
     def text(self) -> str:
@@ -137,5 +152,6 @@ class History:
     def _write_all(self) -> None:
         if self.path:
             new = self.path.with_suffix(".tmp")
-            new.write_text(self.text() if self.rows else "")
-            new.replace(self.path)
+            with saving(self.path):
+                new.write_text(self.text() if self.rows else "")
+                new.replace(self.path)

@@ -124,7 +124,8 @@ def in_notebook() -> bool:
 def progress(iterable: Iterable | None = None, total: int | None = None, desc: str = "") -> tqdm:
     """A progress bar: on stderr in a terminal; in a notebook on stdout, as text without times.
 
-    (A bar on stderr shows red in a notebook, and its times would differ at every run.)
+    (A bar on stderr shows red in a notebook, and its times would differ at every run.) Of several processes the first
+    shows it.
     """
     if in_notebook():
         style = dict(
@@ -132,7 +133,7 @@ def progress(iterable: Iterable | None = None, total: int | None = None, desc: s
         )
     else:
         style = dict(file=sys.stderr)
-    return tqdm(iterable, total=total, desc=desc, **style)
+    return tqdm(iterable, total=total, desc=desc, disable=os.environ.get("LOCAL_RANK", "0") != "0", **style)
 
 
 def batches(count: int, size: int) -> Iterator[slice]:

@@ -96,7 +96,7 @@ def fit(
     main = accelerator.is_main_process
     history = History(out / "history.csv" if out and main else None, keep_to=start)
 
-    began, sums, tracker = time.monotonic(), {}, _tensorboard(out)
+    began, sums, tracker = time.monotonic(), {}, _tensorboard(out if main else None)
     bar = progress(total=settings.steps, desc=desc)
     bar.update(start)
     for step in range(start, settings.steps):

@@ -144,9 +144,8 @@ class UNetJob(Job):
 def unet(runs: int = 10, large: bool = False, device: str | None = None) -> Iterator[Row]:
     """At the size of shapes-text, each task at equal precision and best against best.
 
-    Best: each side in the precision and memory order that were its fastest
-    in a short trial, compiled or not: ours as `Denoiser` does it, diffusers' by torch.compile as it is. A training step
-    is never compiled.
+    Best: each side in the precision and memory order that were its fastest in a short trial, compiled or not: ours as
+    `Denoiser` does it, diffusers' by torch.compile as it is. A training step is never compiled.
 
     Args:
         runs: of each side, for each row.

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from ldm_edu.parts import uncompiled
 from ldm_edu.runtime import REPOSITORY, UserError
 
 FORMAT = 1
@@ -93,7 +94,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 def _stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
-        n: (t.half() if t.is_floating_point() else t).detach().cpu().contiguous().clone()  # of tied weights, too
+        uncompiled(n): (t.half() if t.is_floating_point() else t).detach().cpu().contiguous().clone()  # tied ones, too
         for n, t in sorted(tensors.items())
     }
 
@@ -103,10 +104,11 @@ def settings_of(folder: Path) -> Iterator[None]:
     """Turns what goes wrong while a configuration is read into a worded error."""
     try:
         yield
-    except UserError:
+    except CheckpointError:
         raise
     except Exception as error:  # whatever a network, a tokenizer or a schedule makes of a value it cannot take
-        raise CheckpointError(f"The configuration in {folder} is incomplete or wrong: {error!r}.") from error
+        words = error if isinstance(error, UserError) else repr(error)
+        raise CheckpointError(f"The configuration in {folder} is incomplete or wrong: {words}") from error
 
 
 def _fetch(repository: str) -> Path:
@@ -118,6 +120,11 @@ def _fetch(repository: str) -> Path:
         )
     except Exception as error:  # a dozen kinds, for no network, no such repository, no right to it, ...
         raise CheckpointError(f"Cannot fetch {repository!r} from the Hugging Face hub: {error}") from error
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """As JSON: numpy's and torch's numbers like Python's, a path as text."""
+    return json.dumps(value, indent=indent, default=lambda v: v.item() if hasattr(v, "item") else str(v))
 
 
 def write(
@@ -135,7 +142,7 @@ def write(
         CheckpointError: a weight is not finite, the parent folder does not exist, the folder holds other files, or
             there is no room. Then what was there is as before.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if not folder.parent.is_dir():
         raise CheckpointError(
             f"Cannot write {folder}: the folder {folder.parent} does not exist. Create it first."
@@ -160,7 +167,7 @@ def write(
         "sha256": hashlib.sha256(weights).hexdigest(),
     }
     files = {
-        "config.json": (json.dumps(full, indent=2) + "\n").encode(),
+        "config.json": (to_json(full, indent=2) + "\n").encode(),
         "model.safetensors": weights,
         "README.md": card.encode(),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -16,7 +17,8 @@ from ldm_edu.autoencoder import FirstStage
 from ldm_edu.conditioning import TextConditioner
 from ldm_edu.diffusion import PREDICTIONS, Schedule, Step, guided, spaced_timesteps
 from ldm_edu.diffusion.samplers import ddim, ddpm, dpm_solver, plms
-from ldm_edu.runtime import PictureNoise, UserError, autocast, batches, pick_device, uses_bfloat16
+from ldm_edu.parts import refuse_if_other
+from ldm_edu.runtime import PictureNoise, UserError, autocast, pick_device, uses_bfloat16
 from ldm_edu.unet import UNet, UNetConfig
 from ldm_edu.unet.fast import Denoiser
 
@@ -88,6 +90,7 @@ class LatentDiffusion(nn.Module):
 
     def to_latent(self, images: Tensor) -> Tensor:
         """Pictures `(B, 3, H, W)` in [-1, 1] to scaled latents `(B, c, H/f, W/f)`."""
+        self.first_stage.check(images)
         weight = self.unet.conv_in.weight
         return self.first_stage.encode(images.to(weight)).to(weight) * self.latent_scale
 
@@ -95,7 +98,7 @@ class LatentDiffusion(nn.Module):
     def to_image(self, latents: Tensor) -> Tensor:
         """Scaled latents to pictures `(B, 3, H, W)` in [-1, 1], on the CPU."""
         scaled = latents.to(self.unet.conv_in.weight) / self.latent_scale
-        parts = [self.first_stage.decode(scaled[b]) for b in batches(len(scaled), 64)]
+        parts = [self.first_stage.decode(part) for part in scaled.split(64)]
         return torch.cat(parts).float().clamp(-1, 1).cpu()
 
     def context(self, prompts: str | Sequence[str]) -> Tensor:
@@ -131,6 +134,8 @@ class LatentDiffusion(nn.Module):
             UserError: unknown words, a number out of range, or seeds that do not match the prompts.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if getattr(seeds, "ndim", None) == 0:  # numpy's and torch's single numbers
+            seeds = seeds.item()
         seeds = list(seeds) if isinstance(seeds, Iterable) else [seeds + i for i in range(len(prompts))]
         if not prompts or len(seeds) != len(prompts):
             raise UserError(
@@ -189,29 +194,59 @@ class LatentDiffusion(nn.Module):
         """Write a checkpoint, whole or not at all.
 
         Its first stage is left out only where it is one of the committed ones, to be found again by its fingerprint.
+
+        Raises:
+            UserError: as in `description`, or it cannot be written.
         """
+        config = self.description()
         weights = checkpoint.fingerprint(self.first_stage.state_dict())
         embed_first_stage |= not checkpoint.is_committed(weights)
+        config["first_stage"] |= {"sha256": weights, "embedded": embed_first_stage}
         tensors = {
-            n.replace("_orig_mod.", ""): t  # which torch.compile adds
-            for n, t in self.state_dict().items()
-            if embed_first_stage or not n.startswith("first_stage.")
+            n: t for n, t in self.state_dict().items() if embed_first_stage or not n.startswith("first_stage.")
         }
+        checkpoint.write(folder, config, tensors, card, history)
+
+    def description(self) -> dict[str, Any]:
+        """Everything but the weights, as JSON.
+
+        Raises:
+            UserError: a part is one of your own, of which `load` could not know.
+        """
+        if type(self.conditioner) is not TextConditioner:
+            raise UserError(
+                f"A model with the conditioner {type(self.conditioner).__name__} cannot be saved: load knows "
+                "TextConditioner alone. Keep the weights with safetensors.torch.save_model."
+            )
+        schedule = self.schedule.config()
+        if not torch.equal(Schedule(**schedule).alphas_cumprod, self.schedule.alphas_cumprod):
+            raise UserError(f"A model with an ᾱ of its own cannot be saved: load would take that of {schedule}.")
         config = {
             "kind": self.kind,
-            "first_stage": {
-                **self.first_stage.description(),
-                "sha256": weights,
-                "embedded": embed_first_stage,
-            },
+            "first_stage": self.first_stage.description(),
             "unet": asdict(self.unet.config),
             "conditioner": self.conditioner.config(),
-            "schedule": self.schedule.config(),
+            "schedule": schedule,
             "latent_scale": self.latent_scale,
             "latent_size": self.latent_size,
             "prediction": self.prediction,
         }
-        checkpoint.write(folder, config, tensors, card, history)
+        config = json.loads(checkpoint.to_json(config))
+        refuse_if_other(self, lambda: self._described(config, Path()))
+        return config
+
+    @classmethod
+    def _described(cls, config: dict[str, Any], folder: Path) -> LatentDiffusion:
+        """What `description` says, with untrained weights."""
+        return cls(
+            FirstStage.from_description(config["first_stage"], folder),
+            UNet(checkpoint.build(UNetConfig, config["unet"], folder)),
+            TextConditioner.from_config(config["conditioner"]),
+            Schedule(**config["schedule"]),
+            float(config["latent_scale"]),
+            config["prediction"],
+            int(config["latent_size"]),
+        )
 
     @classmethod
     def load(cls, name: str | Path, device: str | torch.device | None = None) -> LatentDiffusion:
@@ -223,16 +258,7 @@ class LatentDiffusion(nn.Module):
         folder = checkpoint.find(name)
         config, tensors = checkpoint.read(folder, kind=cls.kind)
         with checkpoint.settings_of(folder):
-            first = config["first_stage"]
-            model = cls(
-                FirstStage.from_description(first, folder),
-                UNet(checkpoint.build(UNetConfig, config["unet"], folder)),
-                TextConditioner.from_config(config["conditioner"]),
-                Schedule(**config["schedule"]),
-                float(config["latent_scale"]),
-                config["prediction"],
-                int(config["latent_size"]),
-            )
+            first, model = config["first_stage"], cls._described(config, folder)
         if not first["embedded"]:
             stage = checkpoint.read(checkpoint.find_by_fingerprint(first["sha256"]))[1]
             tensors |= {f"first_stage.{n}": t for n, t in stage.items()}

@@ -79,14 +79,17 @@ class PictureNoise:
     """Draws noise for a batch, picture i from its own seed; each call goes on where the last one stopped.
 
     Raises:
-        UserError: a seed that is no integer of 64 bits.
+        UserError: a seed that is no integer from 0 to 2**32 - 1: of larger ones torch would use these bits alone.
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:
         try:
-            self.generators = [torch.Generator().manual_seed(operator.index(seed)) for seed in seeds]
-        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise UserError(f"Seeds are integers from 0 to 2**64 - 1; they are {list(seeds)}.") from error
+            numbers = [operator.index(seed) for seed in seeds]
+        except TypeError:
+            numbers = [-1]
+        if not all(0 <= number < 2**32 for number in numbers):
+            raise UserError(f"Seeds are integers from 0 to 2**32 - 1; they are {list(seeds)}.")
+        self.generators = [torch.Generator().manual_seed(number) for number in numbers]
 
     def __call__(self, shape_of_one: Sequence[int]) -> Tensor:
         """Standard normal noise `(number of seeds, *shape_of_one)`, on the CPU."""

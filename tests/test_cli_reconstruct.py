@@ -79,6 +79,13 @@ def test_reconstruct_refuses(models: SimpleNamespace, here: Path):
     refused(reconstruct(models, "set", "--out", "set"), "overwrite the original")
     refused(reconstruct(models, "set/photo.png", "--out", "set/photo.png"), "overwrite the original")
     refused(reconstruct(models, "set", "--out", "sheet.png"), "must name a folder")
+    photo(here / "set" / "other.jpg")  # beside a picture that is none of the sources
+    (here / "set" / "other.png").write_bytes(before)
+    refused(reconstruct(models, "set/other.jpg", "--out", "set"), "overwrite set/other.png", "beside the originals")
+    for folder, name in (("twice/a/b", "c.png"), ("twice/a-b", "c.png"), ("twice/a", "b-c.jpg")):
+        (here / folder).mkdir(parents=True, exist_ok=True)
+        photo(here / folder / name)
+    refused(reconstruct(models, "twice", "--out", "results"), "a-b-c.png.png", "rename")
     refused(reconstruct(models, "set", "--out", "no/such"), "does not exist. Create it")
     refused(run("reconstruct", "set", "--checkpoint", "nowhere"), "no checkpoint 'nowhere'")
     refused(run("reconstruct", "set", "--checkpoint", models.text), "autoencoder-kl")

@@ -142,6 +142,15 @@ def test_latents_of_any_kind_are_encoded_for_training(kind: str):
 # what training is made of
 
 
+def test_grey_pictures_have_a_grey_discriminator():
+    grey = AutoencoderKL(replace(tiny.AUTOENCODER, image_channels=1))
+    objective = objective_of(grey, FirstStageSettings(disc_weight=0.5, disc_channels=4))
+    loss, readings = objective(pictures(2)[:, :1], torch.Generator().manual_seed(0))
+    assert loss.isfinite() and readings["lambda"] > 0
+    with pytest.raises(UserError, match="3 channels; with 1"):
+        objective_of(grey, FirstStageSettings(perceptual="ours"))
+
+
 @pytest.mark.parametrize("config", [tiny.AUTOENCODER, VQ], ids=["kl", "vq"])
 def test_a_new_first_stage_begins_with_its_shortcuts(config: AutoencoderConfig):
     model, x = new_first_stage(config), torch.randn(1, 16, 4, 4)

@@ -24,7 +24,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 
 # A room imports only from itself and from rooms above it in this list.
 ORDER = [
-    "runtime", "checkpoint", "layers", "autoencoder", "diffusion", "unet", "conditioning", "datasets",
+    "runtime", "parts", "checkpoint", "layers", "autoencoder", "diffusion", "unet", "conditioning", "datasets",
     "pipeline", "tasks", "training", "evaluation", "interop", "widgets", "exercises", "bench", "cli", "__main__",
 ]  # fmt: skip
 # These know even less of the rest.
@@ -32,7 +32,7 @@ ONLY = {
     "diffusion": {"runtime"},
     "datasets": {"runtime"},
     "conditioning": {"runtime", "layers"},
-    "autoencoder": {"runtime", "checkpoint", "layers"},
+    "autoencoder": {"runtime", "parts", "checkpoint", "layers"},
     "unet": {"runtime", "checkpoint", "layers"},
 }
 RESERVED = {"ipywidgets": "widgets", "diffusers": "bench"}

@@ -72,7 +72,7 @@ def test_diffusers_own_conversion_agrees():
         ({"embed_dim": 8}, "embed_dim = 8, only 4"), ({"n_embed": 16}, "double_z = True"),
         ({"ddconfig": {"attn_type": "linear"}}, "attn_type = 'linear'"), ({"ddconfig": {"out_ch": 4}}, "out_ch = 4"),
         ({"ddconfig": {"resamp_with_conv": False}}, "resamp_with_conv"), ({"ddconfig": {"tanh_out": True}}, "tanh_out"),
-        ({"ddconfig": {"novelty": 1}}, "novelty = 1"), ({"ddconfig": {"ch": 48}}, "divisible"),
+        ({"ddconfig": {"novelty": 1}}, "novelty = 1"), ({"ddconfig": {"ch": 48}}, "multiple of the 32 groups"),
         ({"ddconfig": {"ch_mult": None}}, "ddconfig is incomplete or wrong"),
     ],
 )  # fmt: skip

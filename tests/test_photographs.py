@@ -7,7 +7,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm_edu.autoencoder import PerceptualConfig
 from ldm_edu.runtime import UserError
+from ldm_edu.training.perceptual import PerceptualSettings, train_perceptual
 from ldm_edu.training.photographs import photographs, random_crops
 
 
@@ -67,3 +69,14 @@ def test_every_tenth_photograph_is_kept_aside(tmp_path: Path, monkeypatch: pytes
     assert train.shape == (22, 3, 8, 8) and train.dtype == torch.uint8
     assert held_out[:, 0, 0, 0].tolist() == [0, 10, 20] and held_out_labels.tolist() == [0, 0, 1]
     assert sorted(train[:, 0, 0, 0].tolist() + [0, 10, 20]) == list(range(25)) and labels.sum() == 9
+
+
+def test_photographs_without_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LDM_EDU_DATA", str(tmp_path))
+    (tmp_path / "caltech101/train").mkdir(parents=True)
+    for i in range(12):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"caltech101/train/{i:02}.png")
+    train, labels = photographs(side=8)
+    assert train.shape == (10, 3, 8, 8) and labels.tolist() == [0] * 10  # enough for a first stage
+    with pytest.raises(UserError, match="one class.*folder of its own"):
+        train_perceptual("it", PerceptualConfig(), PerceptualSettings(steps=1), "", None)

@@ -2,12 +2,16 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from denoisers import Draws, Network, normal
 from torch import Tensor
 
+from ldm_edu.conditioning import TextConditioner
+from ldm_edu.datasets import ShapeScenes
+from ldm_edu.datasets.images import write_png
 from ldm_edu.diffusion import Schedule, ddim, ddpm, dpm_solver, plms, spaced_timesteps, variational_bound
 from ldm_edu.evaluation.attention import overlaps
 from ldm_edu.evaluation.comparison import compare, frechet_distance
@@ -201,3 +205,66 @@ def test_refusals_of_widgets():
 
 def test_the_defaults_of_a_unet_fit_one_another():
     assert UNetConfig().widths == (320, 640, 1280, 1280)
+
+
+BYTES = torch.randint(1, 256, (2, 3, 16, 16), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda: psnr(BYTES[0], BYTES[1]), lambda: tiny.latent_diffusion().to_latent(BYTES),
+        lambda: tiny.first_stage().encode(BYTES), lambda: write_png("never.png", BYTES[0]),
+    ],
+    ids=["psnr", "to_latent", "encode", "write_png"],
+)  # fmt: skip
+def test_bytes_are_no_pictures(use):
+    with pytest.raises(UserError, match=r"floats in \[-1, 1\], not torch.uint8"):
+        use()
+
+
+@pytest.mark.parametrize("t", [-1, 1000])
+def test_a_timestep_that_the_schedule_has_not(t: int):
+    with pytest.raises(UserError, match=f"from 0 to 999; these go from 3 to {t}|these go from {t} to 3"):
+        Schedule().add_noise(normal(2, 1, 2, 2), normal(2, 1, 2, 2), torch.tensor([3, t]))
+
+
+@pytest.mark.parametrize("seeds", [2**32, -1, [0, 2**32], torch.tensor([-1, 3])])
+def test_seeds_of_which_torch_would_use_a_part(seeds):
+    prompts = ["a star"] * (1 if isinstance(seeds, int) else 2)
+    with pytest.raises(UserError, match=r"from 0 to 2\*\*32 - 1"):
+        tiny.latent_diffusion().sample(prompts, num_steps=1, seeds=seeds)
+
+
+def test_the_seed_of_scenes():
+    with pytest.raises(UserError, match=r"2\*\*32 - 1, not 4294967297"):
+        ShapeScenes(seed=1 + 2**32)
+
+
+@pytest.mark.parametrize("three", [np.array(3), np.uint8(3), torch.tensor(3), np.array([3, 4]), torch.tensor([3, 4])])
+def test_seeds_of_any_kind_of_integers(three):
+    model = tiny.latent_diffusion()
+    expected = model.sample(["a star", "a red star"], num_steps=1, seeds=3)
+    assert torch.equal(model.sample(["a star", "a red star"], num_steps=1, seeds=three), expected)
+    last = model.sample(["a star"] * 2, num_steps=1, seeds=np.uint8(255))  # 256 is no 0
+    assert torch.equal(last, model.sample(["a star"] * 2, num_steps=1, seeds=[255, 256]))
+
+
+def test_no_latents_are_no_pictures():
+    assert tiny.latent_diffusion().to_image(torch.zeros(0, 2, 4, 4)).shape == (0, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    "levels, words", [(LEVELS.flip(0), "timesteps fall"), (NO_SIGNAL, "no signal"), (LEVELS * 0 + 0.5, "fall")]
+)
+def test_levels_of_a_bound(levels: Tensor, words: str):
+    with pytest.raises(UserError, match=words):
+        variational_bound(Network(), normal(1, 2, 4, 4), levels, Draws())
+    if levels is NO_SIGNAL:
+        short = torch.tensor([0.9, 0.5, 0.0])
+        assert variational_bound(lambda z, t: z, normal(2, 2, 4, 4), short, Draws(), "x0").isfinite().all()
+
+
+def test_words_are_a_list():
+    with pytest.raises(UserError, match=r"such as \['cat', 'dog'\]"):
+        TextConditioner.from_words("cat dog")

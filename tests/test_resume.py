@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from ldm_edu import checkpoint, training
 from ldm_edu.autoencoder import AutoencoderKL, FirstStageObjective
 from ldm_edu.pipeline import LatentDiffusion
+from ldm_edu.runtime import UserError
 from ldm_edu.training import fit, recipes
-from ldm_edu.training.diffusion import DiffusionObjective, encode_all
+from ldm_edu.training.diffusion import DiffusionObjective, DiffusionSettings, encode_all, train_diffusion
 from ldm_edu.training.recipes import shapes_kl_f4, shapes_text, spaces
 from ldm_edu.training.state import load_state, save_state
 
@@ -148,6 +150,33 @@ def test_old_latents_are_not_taken_for_new_ones(tmp_path: Path):
     assert_right(other, 12)  # another first stage
     pictures = pictures.flip(0)
     assert_right(other, 12)  # other pictures
+    assert_right(other, 20)
+    pictures = torch.cat([pictures[:19], -pictures[19:]])
+    assert_right(other, 20)  # the last one alone is another
+
+
+def test_a_new_run_takes_no_old_latents(tmp_path: Path):
+    settings = DiffusionSettings(steps=1, pictures=40, batch_size=2, log_every=1, save_every=1)
+    pictures = torch.rand(40, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    others = pictures.clone()
+    others[[i for i in range(40) if i not in torch.linspace(0, 39, 16).long()]] = 1.0  # not those that are looked at
+
+    def scale(pictures: Tensor, out: str | None) -> float:
+        model = tiny.latent_diffusion()
+        return train_diffusion("it", model, settings, pictures.__getitem__, ["a star"] * 40, "", out).latent_scale
+
+    old = scale(pictures, str(tmp_path / "run"))
+    shutil.rmtree(tmp_path / "run")
+    assert (tmp_path / "run.latents.safetensors").is_file()
+    new = scale(others, str(tmp_path / "run"))
+    assert new == scale(others, None) and abs(new - old) > 0.01
+
+
+@pytest.mark.parametrize("shape, count, words", [((40, 3, 16, 32), 40, "square.*4, 8"), ((40, 3, 16, 16), 3, "are 3")])
+def test_what_a_diffusion_model_cannot_learn_from(shape: tuple, count: int, words: str):
+    settings, pictures = DiffusionSettings(steps=1, pictures=40, batch_size=2, log_every=1), torch.zeros(shape)
+    with pytest.raises(UserError, match=words):
+        train_diffusion("it", tiny.latent_diffusion(), settings, pictures.__getitem__, ["a"] * count, "", None)
 
 
 # killed

@@ -181,6 +181,27 @@ def test_a_row_that_was_cut_off_is_dropped(tmp_path: Path):
     assert History(path, keep_to=100).text() == path.read_text() == "step,loss\n50,0.5\n100,0.4\n"
 
 
+def test_readings_that_are_there_now_and_then(tmp_path: Path):
+    class Rare(Line):
+        """A reading of 100 at every fifth step, and one that ends."""
+
+        count = 0
+
+        def forward(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+            loss, _ = super().forward(batch, generator)
+            self.count += 1
+            rare = {"rare": torch.tensor(100.0)} if self.count % 5 == 0 else {}
+            return loss, rare | ({"early": torch.tensor(1.0)} if self.count < 3 else {}) | {"last": torch.tensor(7.0)}
+
+    fit(Rare(), three_numbers, replace(SHORT, steps=6, log_every=2, save_every=2), tmp_path / "run")
+    with open(tmp_path / "run" / "history.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["step"], row["early"], row["last"], row["rare"]) for row in rows] == [
+        ("2", "1", "7", ""), ("4", "", "7", ""), ("6", "", "7", "100")
+    ]  # fmt: skip
+    assert History(tmp_path / "run" / "history.csv", keep_to=4).text().count("\n") == 3
+
+
 def test_a_compiled_objective_has_the_same_players():
     objective = nn.ModuleDict({"model": nn.Linear(2, 2), "discriminator": nn.Linear(2, 1)})
     wrapped = torch.compile(objective, backend="eager")

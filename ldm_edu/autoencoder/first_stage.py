@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -14,6 +15,7 @@ from ldm_edu.autoencoder.config import AutoencoderConfig
 from ldm_edu.autoencoder.encoder import Decoder, Encoder
 from ldm_edu.autoencoder.gaussian import DiagonalGaussian
 from ldm_edu.autoencoder.strips import decode_in_strips, fits_whole
+from ldm_edu.parts import refuse_if_other
 from ldm_edu.runtime import UserError
 
 
@@ -58,6 +60,10 @@ class FirstStage(nn.Module):
 
     def check(self, images: Tensor) -> None:
         """Refuse what is no batch of pictures with sides that are multiples of f."""
+        if not images.is_floating_point():
+            raise UserError(
+                f"Pictures are floats in [-1, 1], not {images.dtype}: images / 127.5 - 1 makes them of bytes."
+            )
         if images.ndim != 4 or images.shape[1] != self.config.image_channels:
             raise UserError(
                 f"Pictures come as (B, {self.config.image_channels}, H, W); this is {tuple(images.shape)}."
@@ -104,8 +110,14 @@ class FirstStage(nn.Module):
         checkpoint.write(folder, self.description(), self.state_dict(), card, history)
 
     def description(self) -> dict[str, Any]:
-        """Kind and shape, as JSON."""
-        return {"kind": self.kind, "autoencoder": asdict(self.config)}
+        """Kind and shape, as JSON.
+
+        Raises:
+            UserError: `FirstStage.load` would make another class of it; one of your own needs a `kind` of its own.
+        """
+        described = json.loads(checkpoint.to_json({"kind": self.kind, "autoencoder": asdict(self.config)}))
+        refuse_if_other(self, lambda: FirstStage.from_description(described, Path()))
+        return described
 
     @classmethod
     def from_description(cls, description: dict[str, Any], folder: Path) -> Self:
@@ -114,7 +126,7 @@ class FirstStage(nn.Module):
         Raises:
             UserError: another kind than this class, or unknown settings.
         """
-        kinds = {c.kind: c for c in ([cls] if cls is not FirstStage else FirstStage.__subclasses__())}
+        kinds = {cls.kind: cls} if cls is not FirstStage else _kinds()
         if description["kind"] not in kinds:
             raise UserError(
                 f"The checkpoint {folder} is a {description['kind']!r}; asked for was {' or '.join(kinds)}."
@@ -135,6 +147,15 @@ class FirstStage(nn.Module):
             model = cls.from_description(config, folder)
         checkpoint.fill(model, tensors, folder)
         return model.eval()
+
+
+def _kinds() -> dict[str, type[FirstStage]]:
+    """Every subclass by its kind; those that only inherit it come after the one that has it."""
+    classes, kinds = FirstStage.__subclasses__(), {}
+    for one in classes:
+        kinds.setdefault(one.kind, one)
+        classes += one.__subclasses__()
+    return kinds
 
 
 class Identity(FirstStage):

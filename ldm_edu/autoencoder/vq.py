@@ -23,6 +23,7 @@ class VQConfig(AutoencoderConfig):
     codebook_size: int = 8192
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.codebook_size < 1:
             raise UserError(f"A codebook has at least one vector; codebook_size is {self.codebook_size}.")
 

@@ -65,8 +65,6 @@ def first_stage(
         UserError: no diffusers here, or a size or width that the network cannot have.
     """
     config = AutoencoderConfig(channels=channels)
-    if channels < config.groups or channels % config.groups:
-        raise UserError(f"The width is a multiple of {config.groups}, such as 128; it is {channels}.")
     if size is not None and (size < config.f or size % config.f):
         raise UserError(f"The picture's side is a multiple of {config.f} pixels, such as 128; it is {size}.")
     diffusers()

@@ -32,13 +32,14 @@ class TextConditioner(nn.Module):
 
     Args:
         tokenizer: with padding enabled; it is copied.
-        encoder: a `TextTransformer`, or any of `transformers` whose output has `last_hidden_state`.
+        encoder: a `TextTransformer`, or one of `transformers` whose output has `last_hidden_state`; only those named
+            in `PRETRAINED` can be saved. BERT loses its pooling layer, weights that nothing would use.
         length: every caption is padded to this many tokens.
         frozen: keep the encoder as it is (CLIP or BERT with their own weights) instead of training it, and without
             dropout.
 
     Raises:
-        UserError: the tokenizer does not pad.
+        UserError: the tokenizer does not pad, or the encoder reads fewer tokens.
     """
 
     def __init__(
@@ -47,6 +48,11 @@ class TextConditioner(nn.Module):
         super().__init__()
         if tokenizer.padding is None:
             raise UserError("Captions are padded to one length: call the tokenizer's enable_padding(...) first.")
+        if not isinstance(encoder, TextTransformer):
+            if length > (most := getattr(encoder.config, "max_position_embeddings", length)):
+                raise UserError(f"This {type(encoder).__name__} reads {most} tokens at most, not {length}.")
+            if getattr(encoder, "pooler", None) is not None:
+                encoder.pooler = None
         self.tokenizer = Tokenizer.from_str(tokenizer.to_str())
         self.tokenizer.enable_padding(**tokenizer.padding | {"length": length})
         self.tokenizer.no_truncation()  # a caption that is too long is an error
@@ -69,8 +75,11 @@ class TextConditioner(nn.Module):
         """A small transformer over a vocabulary of whole words in lower case, untrained.
 
         Raises:
-            UserError: a word that is none, because it is empty, or reading a caption would divide it.
+            UserError: a text in place of words, or a word that is none, because it is empty, or reading a caption
+                would divide it.
         """
+        if isinstance(words, str):
+            raise UserError(f"The vocabulary is a list of words, such as {words.split()}, not a text.")
         split = pre_tokenizers.Whitespace()
         words = dict.fromkeys(word.lower() for word in words)
         for word in words:
@@ -91,22 +100,26 @@ class TextConditioner(nn.Module):
         """A frozen encoder with its own weights, from a folder or, where there is a network, the Hugging Face hub.
 
         Raises:
-            UserError: the weights cannot be had.
+            UserError: the weights cannot be had, or are another encoder's.
         """
-        from huggingface_hub.errors import HFValidationError
         from transformers import AutoTokenizer
 
+        kind = _pretrained_class(encoder)
         try:
             theirs = AutoTokenizer.from_pretrained(name)
-            kind = _pretrained_class(encoder)
-            model = kind.from_pretrained(name, **_without_pooling(encoder)).float()
-        except (OSError, HFValidationError) as error:  # the second where a missing folder is taken for a hub's name
+            model, report = kind.from_pretrained(name, **_without_pooling(encoder), output_loading_info=True)
+        except Exception as error:  # none there, no network, no name for a hub, another encoder's settings, ...
             raise UserError(
                 f"Cannot load {encoder} from {str(name)!r}: {str(error).splitlines()[0]}"
             ) from error
+        if absent := sorted(report["missing_keys"]):
+            raise UserError(
+                f"{str(name)!r} is no {encoder}: it lacks {len(absent)} of its weights, the first is {absent[0]}. "
+                f"The encoders are {', '.join(PRETRAINED)}."
+            )
         tokenizer = theirs.backend_tokenizer
         tokenizer.enable_padding(pad_id=theirs.pad_token_id, pad_token=theirs.pad_token)
-        return cls(tokenizer, model, length, frozen=True)
+        return cls(tokenizer, model.float(), length, frozen=True)
 
     @property
     def channels(self) -> int:

@@ -119,8 +119,10 @@ def to_uint8(images: Tensor) -> np.ndarray:
     """Images `(B, 3, H, W)` in [-1, 1] as uint8 `(B, H, W, 3)`; values outside the range are clipped.
 
     Raises:
-        UserError: a value is not finite, as after a training that diverged.
+        UserError: a value is not finite, as after a training that diverged; or they are integers already.
     """
+    if not images.is_floating_point():
+        raise UserError(f"Pictures are floats in [-1, 1], not {images.dtype}: images / 127.5 - 1 makes them of bytes.")
     if not torch.isfinite(images).all():
         raise UserError("The picture holds NaN or infinite values; the model that made it is not usable.")
     levels = images.detach().float().clamp(-1, 1).add(1).mul(127.5).round()

@@ -208,6 +208,8 @@ class ShapeScenes(Dataset):
             raise UserError(f"ShapeScenes renders pictures of 32 to 1024 pixels a side, not {size}.")
         if count < 1:
             raise UserError(f"ShapeScenes needs at least one scene, not {count}.")
+        if not 0 <= seed < 2**32:
+            raise UserError(f"The seed is an integer from 0 to 2**32 - 1, not {seed}.")
         if not 1 <= objects[0] <= objects[1] <= MOST_OBJECTS:
             raise UserError(f"A scene has one to three objects: objects=(1, 3), say, not {objects}.")
         if held_out not in ("exclude", "only"):

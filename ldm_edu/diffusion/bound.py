@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.special import log_ndtr
 
-from ldm_edu.diffusion.samplers import Denoiser, Draw, clean_and_noise, fresh_noise
+from ldm_edu.diffusion.samplers import Denoiser, Draw, clean_and_noise, fresh_noise, levels_of_steps
 from ldm_edu.diffusion.spacing import respaced_betas
 from ldm_edu.runtime import UserError
 
@@ -42,7 +42,11 @@ def variational_bound(
         decoder: L_0. "gaussian": the density N(z_0; μ(z_1), σ_1²), for latents and other continuous data; it may
             be negative. "pixels": the probability of one of 256 values in [-1, 1], equation 13 of Ho et al.
         prior: mean and variance of p(z_T).
+
+    Raises:
+        UserError: ᾱ that do not fall from below 1, or end at 0 for "eps"; unknown words.
     """
+    levels_of_steps(alphas_cumprod, range(len(alphas_cumprod) - 1, -1, -1), -1, prediction)
     if decoder not in ("gaussian", "pixels"):
         raise UserError(f"The decoder is 'gaussian' or 'pixels', not {decoder!r}.")
     sigmas2 = reverse_variances(alphas_cumprod, variance).tolist()

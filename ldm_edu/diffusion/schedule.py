@@ -73,9 +73,16 @@ class Schedule:
         """ᾱ_t for each picture of a batch, shaped to multiply `like`; at least in single precision.
 
         Raises:
-            UserError: timesteps that are no integers.
+            UserError: timesteps that are no integers from 0 to T-1. (A step's t = -1, the clean latent, is none.)
         """
         if t.is_floating_point():
             raise UserError(f"Timesteps are integers from 0 to {self.T - 1}, not of type {t.dtype}.")
-        level = self.alphas_cumprod[t.cpu()].to(torch.promote_types(like.dtype, torch.float32)).to(like.device)
+        t = t.cpu()
+        self.check(t)
+        level = self.alphas_cumprod[t].to(torch.promote_types(like.dtype, torch.float32)).to(like.device)
         return level.view(-1, *[1] * (like.ndim - 1))
+
+    def check(self, t: Tensor) -> None:
+        """Refuse timesteps outside 0 .. T-1."""
+        if ((t < 0) | (t >= self.T)).any():
+            raise UserError(f"Timesteps are integers from 0 to {self.T - 1}; these go from {t.min()} to {t.max()}.")

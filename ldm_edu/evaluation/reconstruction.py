@@ -152,7 +152,7 @@ def output_paths(source: Path, paths: Sequence[Path], out: Path) -> dict[Path, P
     """Where the reconstructions go: to `out` if that is a FILE.png, else into that folder. `paths` are from `source`.
 
     Raises:
-        UserError: a result would overwrite an original.
+        UserError: a result would overwrite an original, another result, or what lies beside the originals.
     """
     if out.suffix.lower() == ".png" and not out.is_dir():
         places = dict.fromkeys(paths, out)
@@ -161,11 +161,15 @@ def output_paths(source: Path, paths: Sequence[Path], out: Path) -> dict[Path, P
         names = ["-".join(path.relative_to(home).with_suffix("").parts) for path in paths]
         if len(set(names)) < len(names):  # a.jpg beside a.png
             names = ["-".join(path.relative_to(home).parts) for path in paths]
+        if twice := [name for name in names if names.count(name) > 1]:  # a/b-c.png beside a-b/c.png
+            raise UserError(f"Two results would be called {out / twice[0]}.png: rename one of the pictures or folders.")
         places = {path: out / f"{name}.png" for path, name in zip(paths, names)}
     originals = {path.resolve() for path in paths}
     for place in places.values():
         if place.resolve() in originals:
             raise UserError(f"{out} would overwrite the original {place}. Name another place.")
+        if place != out and place.exists() and place.parent.resolve() == paths[0].parent.resolve():
+            raise UserError(f"{out} would overwrite {place}, which lies beside the originals. Name another place.")
     return places
 
 

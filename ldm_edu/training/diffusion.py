@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ldm_edu.autoencoder import FirstStage
 from ldm_edu.diffusion import training_target
 from ldm_edu.pipeline import LatentDiffusion
-from ldm_edu.runtime import autocast, batches, has_fast_bfloat16, pick_device, progress
+from ldm_edu.runtime import UserError, autocast, has_fast_bfloat16, pick_device, progress
 from ldm_edu.training.card import model_card
 from ldm_edu.training.fit import OnStep, fit, prepare_folder
 from ldm_edu.training.settings import Settings
@@ -38,6 +38,11 @@ class DiffusionSettings(Settings):
     pictures: int = 100_000
     prediction: str = "eps"
     condition_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.condition_dropout > 1:
+            raise UserError(f"The setting condition_dropout is a share, at most 1; it is {self.condition_dropout}.")
 
 
 class DiffusionObjective(nn.Module):
@@ -79,19 +84,20 @@ def encode_all(
     first_stage = first_stage.to(device)
     precision = "bfloat16" if has_fast_bfloat16(device) else "float32"
 
-    def encode(start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def encode(index: Tensor) -> tuple[Tensor, Tensor]:
         with autocast(device, precision):
-            posterior = first_stage.posterior(get_images(torch.arange(start, stop)).to(device))
+            posterior = first_stage.posterior(get_images(index).to(device))
         return posterior.mean.half().cpu(), (0.5 * posterior.logvar).exp().half().cpu()
 
     if cache and cache.is_file():
         stored = load_file(cache)
-        # Of other pictures or another first stage? Then the first few differ.
-        few = encode(0, min(count, 16))[0].float()
+        # Of other pictures or another first stage? Then these few differ.
+        chosen = torch.linspace(0, count - 1, min(count, 16)).long()
+        few = encode(chosen)[0].float()
         fits = stored["mean"].shape == (count, *few.shape[1:])
-        if fits and (stored["mean"][:16] - few).norm() < 0.05 * few.norm():
+        if fits and (stored["mean"][chosen] - few).norm() < 0.05 * few.norm():
             return stored["mean"], stored["std"]
-    parts = [encode(part.start, part.stop) for part in progress(list(batches(count, 256)), desc="encoding")]
+    parts = [encode(index) for index in progress(torch.arange(count).split(256), desc="encoding")]
     mean, std = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     if cache:
         new = cache.with_suffix(".tmp" + os.environ.get("RANK", ""))  # each of several processes has its own
@@ -115,13 +121,26 @@ def train_diffusion(
     """Compute the latents and their scale, train the UNet with τθ, and write `out/checkpoint`.
 
     Args:
-        get_images: indices to pictures `(B, 3, H, W)`; `captions` has one for each.
+        get_images: indices to square pictures `(B, 3, H, H)`; `captions` has one for each.
+
+    Raises:
+        UserError: not `settings.pictures` captions, pictures that are not square, a model that cannot be saved, and
+            the errors of `fit`.
     """
-    if out:
-        prepare_folder(out, resume)  # before the encoding, which takes minutes
+    if len(captions) != settings.pictures:
+        raise UserError(f"{settings.pictures} pictures need as many captions; there are {len(captions)}.")
+    cache = None
+    if out:  # before the encoding, which takes minutes
+        out = Path(out)
+        model.description()
+        prepare_folder(out, resume)
+        cache = out.with_name(out.name + ".latents.safetensors")
+        if not resume:
+            cache.unlink(missing_ok=True)
     device = pick_device()
-    cache = out.with_name(out.name + ".latents.safetensors") if out else None
     mean, std = (t.to(device) for t in encode_all(model.first_stage, get_images, settings.pictures, cache))
+    if mean.shape[-2] != mean.shape[-1]:
+        raise UserError(f"Training takes square pictures; the latents of these are {tuple(mean.shape[-2:])}.")
     # Section 4.3.2 and appendix G: one scalar brings the latent to unit standard deviation.
     model.latent_scale = round(1 / mean[:4096].float().std().item(), 6)
     model.latent_size = mean.shape[-1]

@@ -87,9 +87,15 @@ def new_first_stage(config: AutoencoderConfig) -> FirstStage:
 
 
 def objective_of(model: FirstStage, settings: FirstStageSettings) -> FirstStageObjective:
-    """The objective that these settings describe, around this first stage."""
-    perceptual = None
+    """The objective that these settings describe, around this first stage.
+
+    Raises:
+        UserError: a perceptual loss for pictures that have not three channels.
+    """
+    perceptual, channels = None, model.config.image_channels
     if settings.perceptual_weight and settings.perceptual != "none":
+        if channels != 3:
+            raise UserError(f"The perceptual networks see 3 channels; with {channels}, set perceptual to none.")
         ours = settings.perceptual == "ours"
         perceptual = PerceptualLoss(PerceptualNetwork.load("perceptual")) if ours else lpips_vgg()
     is_vq = isinstance(model, AutoencoderVQ)
@@ -101,7 +107,7 @@ def objective_of(model: FirstStage, settings: FirstStageSettings) -> FirstStageO
         l2_weight=settings.l2_weight,
         perceptual=perceptual,
         perceptual_weight=settings.perceptual_weight,
-        discriminator=PatchDiscriminator(settings.disc_channels, settings.disc_layers)
+        discriminator=PatchDiscriminator(settings.disc_channels, settings.disc_layers, channels)
         if settings.disc_weight
         else None,
         disc_start=settings.disc_start,
@@ -127,6 +133,7 @@ def train_first_stage(
         about: what the model card says of the data and its licence.
     """
     torch.manual_seed(settings.seed)
+    out = Path(out) if out else None
     model = new_first_stage(config)
     if settings.start:
         model = FirstStage.load(settings.start).train()

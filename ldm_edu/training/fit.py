@@ -84,6 +84,7 @@ def fit(
     players = _players(objective)
     accelerator = _accelerator(settings, device, idle=len(players) > 1)
     if out is not None:
+        out = Path(out)
         prepare_folder(out, resume)
     if device.type == "cuda":
         objective = objective.to(memory_format=torch.channels_last)
@@ -96,7 +97,7 @@ def fit(
     main = accelerator.is_main_process
     history = History(out / "history.csv" if out and main else None, keep_to=start)
 
-    began, sums, tracker = time.monotonic(), {}, _tensorboard(out if main else None)
+    began, seen, tracker = time.monotonic(), {}, _tensorboard(out if main else None)
     bar = progress(total=settings.steps, desc=desc)
     bar.update(start)
     for step in range(start, settings.steps):
@@ -112,13 +113,13 @@ def fit(
         optimizer.zero_grad()
         update_ema(ema, weights, settings.ema_decay, step)
         for name, value in {"loss": loss.detach(), "gradient_norm": norm, **readings}.items():
-            sums[name] = sums.get(name, 0) + value
+            total, count = seen.get(name, (0, 0))
+            seen[name] = total + value, count + 1
         bar.update()
         done = step + 1
         if done % settings.log_every == 0 or done == settings.steps:
-            count = (done - 1) % settings.log_every + 1
-            means = {name: float(total) / count for name, total in sums.items()}
-            sums = {}
+            means = {name: float(total) / count for name, (total, count) in seen.items()}
+            seen = {}
             # The gradient too: the loss is of the weights before this step, and those after it are saved next.
             if not (math.isfinite(means["loss"]) and math.isfinite(means["gradient_norm"])):
                 raise UserError(

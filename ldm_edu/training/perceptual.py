@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from ldm_edu.autoencoder import PerceptualConfig, PerceptualNetwork
-from ldm_edu.runtime import pick_device
+from ldm_edu.runtime import UserError, pick_device
 from ldm_edu.training.card import model_card
 from ldm_edu.training.fit import OnStep, fit
 from ldm_edu.training.photographs import photographs, random_crops
@@ -58,6 +59,8 @@ def train_perceptual(
     """Train, fold the batch norms into the convolutions, and write `out/checkpoint`."""
     torch.manual_seed(settings.seed)
     (pictures, labels), device = photographs(), pick_device()
+    if labels.max() == 0:
+        raise UserError("There is one class of photographs only. Put those of each class into a folder of its own.")
     objective = Classification(config, int(labels.max()) + 1)
 
     def get_batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -69,6 +72,6 @@ def train_perceptual(
 
     history = fit(objective, get_batch, settings, out, resume, on_step, desc=name)
     network = objective.network.folded()
-    if out:
+    if out and PartialState().is_main_process:
         network.save(out / "checkpoint", model_card(name, about, settings, history, network), history.text())
     return network

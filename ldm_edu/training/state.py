@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from ldm_edu.checkpoint import fill, write_folder
+from ldm_edu.checkpoint import fill, to_json, write_folder
 from ldm_edu.runtime import UserError
 from ldm_edu.training.settings import Settings
 
@@ -56,14 +56,15 @@ def save_state(
     scalars = {"step": step, **scalars}
     folder = out / f"step-{step:07d}"
     with saving(folder):
-        write_folder(folder, {"state.safetensors": data, "state.json": json.dumps(scalars).encode()})
+        write_folder(folder, {"state.safetensors": data, "state.json": to_json(scalars).encode()})
     _keep_only(folder)
 
 
 def _keep_only(folder: Path) -> None:
     """Remove the other states beside this one, and what was being written or removed when a run was killed."""
     for other in set(folder.parent.glob("step-*")) - {folder}:
-        shutil.rmtree(other, ignore_errors=True)
+        if re.fullmatch(r"step-\d{7}(\.tmp|\.old)?", other.name):
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def saved_steps(out: Path) -> list[Path]:
@@ -91,7 +92,7 @@ def load_state(
         raise UserError(
             f"The saved state {folders[-1]} is damaged ({error}). Choose another --out and start again."
         ) from error
-    own = json.loads(json.dumps(asdict(settings)))
+    own = json.loads(to_json(asdict(settings)))
     if scalars["settings"] != own:
         changed = [k for k in own if scalars["settings"].get(k) != own[k]]
         raise UserError(
@@ -137,17 +138,22 @@ class History:
     def add(self, step: int, readings: dict[str, float]) -> None:
         """Append one row, and write it out."""
         row = {"step": str(step)} | {k: f"{v:.6g}" for k, v in readings.items()}
+        known = self._names()
         self.rows.append(row)
-        if self.path and len(self.rows) == 1:
+        if self.path and self._names() != known:
             self._write_all()
         elif self.path:
             with saving(self.path), open(self.path, "a", newline="") as file:
-                csv.DictWriter(file, row, lineterminator="\n").writerow(row)
+                csv.DictWriter(file, known, lineterminator="\n").writerow(row)
 
     def text(self) -> str:
         """The whole file."""
-        lines = [",".join(self.rows[0])] if self.rows else []
-        return "\n".join(lines + [",".join(row.values()) for row in self.rows]) + "\n"
+        names = self._names()
+        return "\n".join([",".join(names), *(",".join(row.get(n, "") for n in names) for row in self.rows)]) + "\n"
+
+    def _names(self) -> list[str]:
+        """Every reading there has been, in the order of their first time."""
+        return list(dict.fromkeys(name for row in self.rows for name in row))
 
     def _write_all(self) -> None:
         if self.path:

@@ -47,6 +47,10 @@ class UNetConfig:
     num_classes: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("channel_multipliers", "attention_levels"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not self.widths:
+            raise UserError("channel_multipliers must have a number for each level, at least one; it is empty.")
         counts = {"channels": self.channels, "blocks": self.blocks, "heads": self.heads, "groups": self.groups}
         optional = {"context_channels": self.context_channels, "num_classes": self.num_classes}
         for name, count in (counts | {k: v for k, v in optional.items() if v is not None}).items():
@@ -65,7 +69,8 @@ class UNetConfig:
             )
         for level in {*self.attention_levels, levels[-1]}:
             self.heads_at(level)
-            self.depth_at(level)
+            if self.depth_at(level) < 1:
+                raise UserError(f"transformer_depth must be at least 1 at every level; it is {self.transformer_depth}.")
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -1,6 +1,8 @@
 """The photographs that first stages learn from: which are kept aside, and random crops of the others."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +11,9 @@ from torch import Tensor
 
 from ldm_edu.autoencoder import PerceptualConfig
 from ldm_edu.runtime import UserError
+from ldm_edu.training import photographs as module
 from ldm_edu.training.perceptual import PerceptualSettings, train_perceptual
-from ldm_edu.training.photographs import photographs, random_crops
+from ldm_edu.training.photographs import HELD_OUT, photographs, random_crops
 
 
 def crop_of(picture: Tensor, crop: Tensor) -> set[bool]:
@@ -80,3 +83,29 @@ def test_photographs_without_classes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert train.shape == (10, 3, 8, 8) and labels.tolist() == [0] * 10  # enough for a first stage
     with pytest.raises(UserError, match="one class.*folder of its own"):
         train_perceptual("it", PerceptualConfig(), PerceptualSettings(steps=1), "", None)
+
+
+def test_of_the_fetched_set_nothing_is_measured_on_that_the_committed_models_learned_from(monkeypatch, tmp_path: Path):
+    """The whole set as torchvision orders it, each picture the colour of its class and number."""
+    held_out = json.loads(HELD_OUT.read_text(encoding="utf-8"))
+    assert len(held_out) == 97 and sum(map(len, held_out.values())) == 516
+    names = sorted([*held_out, "Faces", "Faces_easy", "garfield", "snoopy"])
+
+    class Fetched:
+        classes, pictures = names, SimpleNamespace(index=[n for _ in names for n in range(1, 1001)])
+
+        def __init__(self, name: str, size: int) -> None:
+            assert (name, size) == ("caltech101", 2)
+
+        def as_tensor_cache(self) -> tuple[Tensor, Tensor]:
+            labels = torch.arange(len(names)).repeat_interleave(1000)
+            colours = torch.stack([labels, torch.tensor(self.pictures.index) // 10 % 100, labels * 0], 1)
+            return colours.to(torch.uint8)[:, :, None, None].expand(-1, 3, 2, 2), labels
+
+    monkeypatch.setenv("LDM_EDU_DATA", str(tmp_path))
+    monkeypatch.setattr(module, "PublicSet", Fetched)
+    (images, labels), (kept, kept_labels) = photographs(side=2), photographs("held-out", side=2)
+    assert len(kept) == 516 and len(images) == 97_000 - 516
+    for pictures, numbers in ((images, labels), (kept, kept_labels)):
+        assert [names[i] for i in pictures[:, 0, 0, 0]] == [list(held_out)[i] for i in numbers]
+    assert kept[:, 1, 0, 0].tolist() == [n // 10 for numbers in held_out.values() for n in numbers]

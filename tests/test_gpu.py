@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ldm_edu.autoencoder import AutoencoderKL, FirstStageObjective
 from ldm_edu.datasets import ShapeScenes, read_scenes
+from ldm_edu.evaluation.comparison import compare
 from ldm_edu.pipeline import LatentDiffusion
 from ldm_edu.runtime import has_fast_bfloat16, pick_device
 from ldm_edu.training import Settings, fit
@@ -77,6 +78,14 @@ def test_the_first_stage_answers_as_on_the_cpu():
         torch.testing.assert_close(on_gpu.cpu(), latent, atol=1e-3 * latent.abs().max().item(), rtol=0)
         again = model.decode(latent.cuda()).cpu()
     torch.testing.assert_close(again, restored, atol=1e-3 * restored.abs().max().item(), rtol=0)
+
+
+def test_first_stages_are_compared_as_on_the_cpu():
+    images = list(ShapeScenes(64, count=3).images(range(3)))
+    stages = tiny.first_stage(), tiny.first_stage().cuda()
+    (here, _), (there, _) = (compare({"it": stage}, images)["rows"] for stage in stages)
+    for name in ("psnr", "ssim", "perceptual", "frechet"):
+        assert there[name] == pytest.approx(here[name], rel=0.1), name
 
 
 @pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 1.0), ("ddpm", 0.0)])

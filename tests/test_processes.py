@@ -26,7 +26,7 @@ def test_two_processes_train_one_model(tmp_path: Path):
         assert torch.equal(weight, other[name]), name
     steps = [line.split(",")[0] for line in (tmp_path / "run/history.csv").read_text().splitlines()]
     assert steps == ["step", "2", "4", "6"]
-    assert done.stderr.count(" 0/6 ") == 1, "one bar"
+    assert done.stderr.count(" 0/6 ") == 2, "one bar for each training"
 
 
 @pytest.mark.parametrize(

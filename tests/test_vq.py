@@ -193,7 +193,7 @@ def test_a_code_that_stays_dead_is_moved_again_and_does_not_count_as_used():
         moved += [step] if not torch.equal(before, own.codebook.weight) else []
         with torch.no_grad():
             own.codebook.weight[1] = 50.0
-    assert moved == [3, 7, 11] and own.unused.tolist() == [0, 12]
+    assert moved == [3, 7, 11] and own.unused.tolist() == [0, 112]
 
 
 def test_two_codes_are_not_moved_onto_one_latent():
@@ -235,6 +235,7 @@ def test_what_training_gets():
     assert readings["perplexity"] == perplexity(codes, 16)
     spreads = latent.detach().transpose(0, 1).flatten(1).std(1)
     assert (readings["latent_std_min"], readings["latent_std_max"]) == (spreads.min(), spreads.max())
+    assert readings["usage"].item() == pytest.approx(usage(codes, 16))  # from the first step on
     for _ in range(99):
         readings = model.regularised(images, torch.Generator())[2]
     assert 0 < usage(codes, 16) < 1 and readings["usage"].item() == pytest.approx(usage(codes, 16))
@@ -255,7 +256,7 @@ def test_before_its_start_nothing_is_quantised_and_codes_are_laid_out():
     for step in range(3):
         latent, penalty, readings = model.regularised(images, draws)
         assert torch.equal(latent, model.encode(images)) and penalty == 0 and latent.requires_grad
-        assert readings["codebook"] == 0 and readings["perplexity"] == 1
+        assert readings["codebook"] == 0 and readings["perplexity"].isnan() and readings["usage"].isnan()
         assert torch.equal(quantizer.codebook.weight, before) == (step == 0)
     assert {tuple(row) for row in quantizer.codebook.weight.tolist()} <= rows
     quantized, penalty, readings = model.regularised(images, draws)

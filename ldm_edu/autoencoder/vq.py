@@ -53,7 +53,7 @@ class VectorQuantizer(nn.Module):
         nn.init.uniform_(self.codebook.weight, -1 / size, 1 / size)
         # Training steps: all of them, those since each code was last chosen, and those since it was chosen or moved.
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64), persistent=False)
-        self.register_buffer("unused", torch.zeros(size, dtype=torch.int64), persistent=False)
+        self.register_buffer("unused", torch.full((size,), 100), persistent=False)
         self.register_buffer("idle", torch.zeros(size, dtype=torch.int64), persistent=False)
 
     def codes(self, latent: Tensor) -> Tensor:
@@ -89,16 +89,26 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def restart_dead_codes(self, latent: Tensor, codes: Tensor, generator: torch.Generator) -> None:
-        """Count idle steps; move codes that idled for `restart_after` onto latents of this batch, drawn at random."""
+        """Count idle steps; move codes that idled for `restart_after` onto latents of this batch, drawn at random.
+
+        Of several processes, a code idles if no batch chose it, and all move it to where the first does.
+        """
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        chosen = torch.zeros_like(self.idle)
+        chosen[codes.flatten()] = 1
+        if several:
+            torch.distributed.all_reduce(chosen, torch.distributed.ReduceOp.MAX)
         for count in (self.unused, self.idle):
-            count += 1
-            count[codes.flatten()] = 0
+            count.add_(1).mul_(1 - chosen)
         dead = (self.idle >= self.restart_after).nonzero().flatten()
         if self.restart_after and len(dead):
             flat = latent.detach().permute(0, 2, 3, 1).flatten(0, 2)
             dead = dead[: len(flat)]  # no latent twice
             drawn = torch.randperm(len(flat), generator=generator)[: len(dead)].to(flat.device)
-            self.codebook.weight[dead] = flat[drawn].to(self.codebook.weight)
+            moved = flat[drawn].to(self.codebook.weight)
+            if several:
+                torch.distributed.broadcast(moved, 0)
+            self.codebook.weight[dead] = moved
             self.idle[dead] = 0
 
 
@@ -152,11 +162,11 @@ class AutoencoderVQ(FirstStage):
             quantized, loss, codes = quantizer(latent)
         quantizer.restart_dead_codes(latent, codes, generator)
         quantizer.steps += 1
-        size = self.config.codebook_size
+        size, unknown = self.config.codebook_size, latent.new_full((), torch.nan)
         readings = {
             "codebook": loss.detach(),
-            "perplexity": perplexity(codes, size),
-            "usage": (quantizer.unused < 100).float().mean(),
+            "perplexity": perplexity(codes, size) if len(codes) else unknown,
+            "usage": (quantizer.unused < 100).float().mean() if len(codes) else unknown,
             **spread(latent),
         }
         return quantized, loss, readings

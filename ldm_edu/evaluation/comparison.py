@@ -78,10 +78,10 @@ def frechet_distance(originals: Sequence[Tensor], restored: Sequence[Tensor], ju
     """
     from torchmetrics.image.fid import FrechetInceptionDistance  # takes seconds to import
 
-    sets = [[patches for image in images if len(patches := _patches(image))] for images in (originals, restored)]
+    sets = [[patches for image in images if len(patches := _patches(image.cpu()))] for images in (originals, restored)]
     if min(sum(map(len, patches)) for patches in sets) < 2:
         raise UserError(f"A Fréchet distance needs at least two patches of {PATCH} × {PATCH} pixels in each set.")
-    features = PatchFeatures(copy.deepcopy(judge))
+    features = PatchFeatures(copy.deepcopy(judge).cpu())  # in float64, which not every device has
     metric = FrechetInceptionDistance(feature=features, input_img_size=(3, PATCH, PATCH))
     metric.set_dtype(torch.float64)  # of the copy, too
     for patches, real in zip(sets, (True, False), strict=True):

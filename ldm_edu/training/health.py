@@ -54,15 +54,21 @@ class Reading:
 def check(model: FirstStage, readings: Mapping[str, float], fraction: float) -> list[Reading]:
     """The readings that healthy runs of this kind and f have too, at `fraction` (0 to 1) of the run.
 
-    A reading that depends on the loss (λ, logits) is compared with the runs that had that loss.
+    A reading that depends on the loss (λ, logits) is compared with the runs that had that loss, one of the codebook
+    with those that quantised already.
     """
     rows = [row for history in _histories(model.kind, model.f) for row in _near(history, fraction)]
     found = []
-    for name in (n for n in MEANINGS if n in readings):
-        values = [float(row[name]) for row in rows if name in row]
+    for name in (n for n in MEANINGS if _means_something(n, readings)):
+        values = [float(row[name]) for row in rows if _means_something(name, row)]
         if values:
             found.append(Reading(name, readings[name], min(values), max(values)))
     return found
+
+
+def _means_something(name: str, row: Mapping[str, float | str]) -> bool:
+    """Whether a row has this reading; those of the codebook begin where its loss does."""
+    return name in row and not (name in ("perplexity", "usage") and float(row["codebook"]) == 0)
 
 
 def _histories(kind: str, f: int) -> Iterator[list[dict[str, str]]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -110,6 +111,8 @@ def quantizer_output(z: Tensor, codebook: Tensor) -> Tensor:
         (check_adaptive_weight, lambda *a: weight(*a).item()), (check_output_size, logits), (check_gaussian_kl, kl),
         (check_gaussian_kl, lambda m, v: kl_terms(m, v).flatten(1).sum(1) / 2), (check_straight_through, straight),
         (check_straight_through, quantizer_output), (check_vq_loss, vq),
+        (check_receptive_field, lambda n: torch.tensor(field(n))),
+        (check_output_size, lambda n, s: np.int64(logits(n, s))),
     ],
 )  # fmt: skip
 def test_a_right_solution_passes(check: Callable, answer: Callable, capsys: pytest.CaptureFixture):

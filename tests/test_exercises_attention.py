@@ -76,6 +76,11 @@ def all_heads(q: Tensor, k: Tensor, v: Tensor, heads: int, interleaved: bool = F
     return (q @ k.mT / math.sqrt(q.shape[3])).softmax(3) @ v
 
 
+def mixed(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    q, k, v = (x.reshape(x.shape[0], heads, x.shape[1], x.shape[2] // heads) for x in (q, k, v))
+    return (q @ k.mT / math.sqrt(q.shape[3])).softmax(3) @ v
+
+
 def over_heads(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     return ((q @ k.mT / math.sqrt(q.shape[3])).softmax(1) @ v).transpose(1, 2).flatten(2)
@@ -103,6 +108,8 @@ def on_map(rule: Callable) -> Callable:
         (check_geglu, geglu), (check_word_overlap, word_overlap),
         (check_word_overlap, torch.no_grad()(lambda *a: word_overlap(*a).item())),  # a measurement: no gradients asked
         (check_timestep_embedding, embedding), (check_zero_output, last), (check_attention, attention),
+        (check_zero_output, lambda block: zeroed(last(block), "time.weight", "time.bias")),  # more than it needs
+        (check_zero_output, lambda block: zeroed(last(block), "conv1.weight")),
         (check_attention, lambda q, k, v, h: all_heads(q, k, v, h).transpose(1, 2).flatten(2)),
     ],
 )  # fmt: skip
@@ -134,6 +141,8 @@ ZERO = {
     "must still learn": frozen,
 }
 ATTENTION = {
+    "reshape alone": lambda q, k, v, h: mixed(q, k, v, h).transpose(1, 2).reshape(q.shape),
+    "reshape alone mixes": lambda q, k, v, h: mixed(q, k, v, h).reshape(q.shape),
     "over the queries": lambda *a: attention(*a, weigh=lambda x: x.softmax(1)),
     "over the heads": over_heads,
     "softmax is missing": lambda *a: attention(*a, weigh=lambda x: x),

@@ -142,7 +142,7 @@ POSTERIOR = {
     "step after": ratio(lambda a: a[[*range(1, len(a)), -1]]),
     "upside down": lambda b: (1 - torch.cumprod(1 - b, 0)) / (1 - after(1.0)(torch.cumprod(1 - b, 0))) * b,
     "α_t alone": ratio(after(1.0), lambda b: 1 - b),
-    "you took ᾱ": lambda b: after(1.0)(torch.cumprod(1 - b, 0)) / torch.cumprod(1 - b, 0) * b,
+    "what z_t alone says": lambda b: after(1.0)(torch.cumprod(1 - b, 0)) / torch.cumprod(1 - b, 0) * b,
     "the standard deviation": lambda b: posterior(b) ** 0.5,
     "takes the logarithm": lambda b: torch.cat([posterior(b)[1:2], posterior(b)[1:]]),
     r"shape \(5,\); it should be \(6,\)": lambda b: posterior(b)[1:],

@@ -7,6 +7,7 @@ import torch
 from graded import refusals
 from torch import Tensor, nn
 
+from ldm_edu.diffusion import Schedule
 from ldm_edu.exercises.latents import (
     check_condition_dropout,
     check_latent_scale,
@@ -118,6 +119,7 @@ DROPOUT = {
     "single tokens": tokens_dropped,
     "becomes `empty`": lambda y, e, p, g: y * (torch.rand(len(y), 1, generator=g) >= p),
     "into the batch itself": in_place,
+    "tokens are integers.*float32": lambda y, e, p, g: drop(y, e, p, g).float(),
     "nothing is ever dropped": lambda y, e, p, g: y,
     "one coin": lambda y, e, p, g: e.expand_as(y) if torch.rand(1, generator=g) < p else y,
     "you keep with chance p": lambda y, e, p, g: drop(y, e, 1 - p, g),
@@ -130,6 +132,7 @@ DROPOUT = {
     "stops with RuntimeError": lambda y, e, p, g: y + torch.rand(3, generator=g),
 }
 LOSS = {
+    "take ᾱ from alphas_cumprod": lambda d, z, e, t, a: loss(d, z, e, t, Schedule().alphas_cumprod.float()),
     "compare with z_0": lambda d, z, e, t, a: (d(noisy(z, e, t, a), t) - z).square().mean(),
     "compare with z_t": lambda d, z, e, t, a: (d(noisy(z, e, t, a), t) - noisy(z, e, t, a)).square().mean(),
     "the clean z_0": lambda d, z, e, t, a: (d(z, t) - e).square().mean(),

@@ -51,15 +51,18 @@ def check_zero_output(answer: Answer) -> None:
         def run(x: Tensor, time: Tensor, out_channels: int) -> Tensor | None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                block = rule(ResidualBlock(x.shape[1], out_channels, time.shape[1], groups=2))
+                fresh = ResidualBlock(x.shape[1], out_channels, time.shape[1], groups=2)
+                shortcut = fresh.shortcut(x).detach()
+                block = rule(fresh)
             if block is None:
                 return None
             output = block(x, time)
             if not all(weight.requires_grad for weight in block.parameters()):
                 raise ExerciseError("all must still learn: only set conv2 to zero, and leave requires_grad alone.")
             last = block.conv2.weight, block.norm2.weight
-            learns = torch.autograd.grad(output.square().sum(), last, retain_graph=True)
-            return torch.cat([part.flatten() for part in (output, *learns)])
+            learns = torch.autograd.grad(output.square().sum(), last)
+            added = (output - shortcut).detach().flatten()  # what the block adds; and whether conv2 and norm2 learn
+            return torch.cat([added, torch.tensor([float(gradient.abs().max() > 1e-4) for gradient in learns])])
 
         return run
 
@@ -106,7 +109,11 @@ def check_attention(answer: Answer) -> None:
         q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
         return rearrange(attend(q, k, v), "b h n d -> b n (h d)")
 
+    def mixing(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+        return attend(*(x.reshape(len(x), heads, x.shape[1], -1) for x in (q, k, v)))
+
     one_head = variant()
+    places = "reshape alone mixes places: split the channels first, (B, N, heads, d), then transpose."
     mistakes: list[Mistake] = [
         ("your softmax runs over the queries; each query's weights over the keys sum to 1.", variant(axis=-2)),
         ("your softmax runs over the heads; each query's weights over the keys sum to 1.", variant(axis=1)),
@@ -118,6 +125,8 @@ def check_attention(answer: Answer) -> None:
         ("you use one head of all channels; each head attends with its own.", lambda q, k, v, h: one_head(q, k, v, 1)),
         ("a head's channels lie side by side: the first C / heads are head 0's.", variant(before="(d h)")),
         ("put the heads back as you took them apart: head 0's channels come first.", variant(after="b n (d h)")),
+        (places, lambda q, k, v, h: mixing(q, k, v, h).reshape(q.shape)),
+        (places, lambda q, k, v, h: mixing(q, k, v, h).transpose(1, 2).reshape(q.shape)),
         ("swap heads and places back before you join the channels.", variant(after="")),
     ]
     draw = torch.Generator().manual_seed(0)

@@ -75,7 +75,7 @@ def check_posterior_variance(answer: Answer) -> None:
         ("it is upside down: 1-ᾱ of the step before belongs above the line.",
          lambda b: b**2 / right(b)),
         ("take 1-ᾱ, with ᾱ the product of all α up to t; you took α_t alone.", rule(level=lambda b: 1 - b)),
-        ("take 1-ᾱ, the noise; you took ᾱ.",
+        ("take 1-ᾱ, the noise; with ᾱ in its place this is β_t / α_t, what z_t alone says of z_{t-1}.",
          lambda b: b * torch.cat([b.new_ones(1), (1 - b).cumprod(0)[:-1]]) / (1 - b).cumprod(0)),
         ("that is its root, the standard deviation.", lambda b: right(b).sqrt()),
         ("at t = 0 it is 0. Ho et al.'s code puts the second value there, since it takes the logarithm.",
@@ -158,7 +158,8 @@ def check_eta(answer: Answer) -> None:
         ("β of the step is 1 - ᾱ_now / ᾱ_following; you took 1 - ᾱ_now.", lambda n, a, b:
             n * ((1 - b) / (1 - a) * (1 - a)).sqrt()),
         ("η is missing.", lambda n, a, b: right(n * 0 + 1, a, b)),
-        ("`now` and `following` are exchanged: ᾱ rises on the way to clean.", lambda n, a, b: right(n, b, a)),
+        ("that is the root of a negative number. ᾱ rises on the way to clean, so β is 1 - ᾱ_now / ᾱ_following: are "
+         "they exchanged, or is a sign turned?", lambda n, a, b: right(n, b, a)),
     ]  # fmt: skip
     cases = [(1.0, 0.2, 0.5), (0.3, 0.2, 0.5), (0.5, 0.6, 0.9), (0.0, 0.6, 0.9)]
     grade_values("η", answer, right, cases, mistakes)

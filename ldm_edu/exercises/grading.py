@@ -97,6 +97,7 @@ def _all_same(some: Sequence[tuple], others: Sequence[tuple]) -> bool:
 
 def _same(one: Any, other: Any) -> bool:
     if not isinstance(other, Tensor):
+        one = one.item() if getattr(one, "ndim", None) == 0 else one  # numpy's and torch's single numbers
         return one is other or (isinstance(one, int | float) and one == other)
     if not isinstance(one, Tensor) or one.shape != other.shape:
         return False

@@ -122,6 +122,8 @@ def _dropped(answer: Answer, p: float, seed: int) -> Tensor:
     if not isinstance(found, Tensor) or found.shape != tokens.shape:
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise ExerciseError(f"the answer is a tensor of {tuple(tokens.shape)}, like tokens; yours is {shape}.")
+    if found.is_floating_point():
+        raise ExerciseError(f"tokens are integers, which an embedding looks up; yours are {found.dtype}.")
     if not torch.equal(given, tokens):
         raise ExerciseError("you wrote into the batch itself, so its captions are gone. Use torch.where.")
     was_kept, was_emptied = (found == tokens).all(1), (found == empty).all(1)
@@ -188,12 +190,14 @@ def check_training_loss(answer: Answer) -> None:
         ("that is L1; equation 2 has squares.", lambda d, z, e, t, a: F.l1_loss(d(noisy(z, e, t, a), t), e)),
         ("that is the root of it; leave the mean of squares as it is.", lambda d, z, e, t, a:
             right(d, z, e, t, a).sqrt()),
+        ("take ᾱ from alphas_cumprod, which is given; yours is another schedule's.", lambda d, z, e, t, a:
+            F.mse_loss(d(noisy(z, e, t, Schedule().alphas_cumprod.float()), t), e)),
         ("one ᾱ for the whole batch; each latent has its own timestep.", lambda d, z, e, t, a:
             F.mse_loss(d(noisy(z, e, t[:1].expand(len(t)), a), t), e)),
         ("the network gets the same t for the whole batch; give it each latent's own.", lambda d, z, e, t, a:
             F.mse_loss(d(noisy(z, e, t, a), t[:1].expand(len(t))), e)),
     ]  # fmt: skip
     z0, noise = torch.randn(2, 3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-    levels = Schedule().alphas_cumprod.float()
+    levels = Schedule("linear").alphas_cumprod.float()  # not the one that the notebook has at hand
     cases = [(z0, noise, torch.tensor(t), levels) for t in ([10, 500, 900], [700, 30, 301])]
     grade("training loss", measured(answer), measured(right), cases, [(w, measured(m)) for w, m in mistakes])

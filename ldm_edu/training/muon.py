@@ -16,8 +16,8 @@ from torch import Tensor, nn
 def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
     """About U Vᵀ of each matrix U S Vᵀ: `(B, m, n)` to bfloat16 of the same shape.
 
-    Newton-Schulz iterations with the quintic of the reference. Singular values come out between about 0.7 and 1.2,
-    which is near enough.
+    Newton-Schulz iterations with the quintic of the reference. Singular values that are not tiny come out between
+    about 0.7 and 1.2, which is near enough.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = (matrices.mT if tall else matrices).bfloat16()

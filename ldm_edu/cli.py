@@ -153,7 +153,8 @@ def reconstruct(
     """Encode and decode pictures; print PSNR and SSIM beside a bicubic copy's.
 
     RGB at 8 bits, mean of the pictures' values. A picture is padded by reflection to a multiple of the first
-    stage's f, and cropped back. The bicubic copy is the picture shrunk by f and enlarged again.
+    stage's f, and cropped back. The bicubic copy is the picture shrunk by f and enlarged again. A result that
+    is there is replaced, unless it lies beside the originals.
     """
     if out is not None and _names_a_file(out) and source.is_dir():
         _refuse(f"{source} is a folder, so --out must name a folder too, not {out}.")

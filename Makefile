@@ -34,12 +34,14 @@ help:  ## this list
 
 setup: $(STAMP)  ## the environment alone; TORCH=cpu for the small build of torch
 
-# JupyterLab's question whether it may fetch news would cover a corner of the page: not in this environment.
-LAB_SETTINGS := $(VENV)/share/jupyter/lab/settings/overrides.d
-NO_NEWS      := {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}
+# In this environment JupyterLab does not ask whether it may fetch news, which would cover a corner of the page, and
+# long lines of code are wrapped, not cut.
+LAB_FOLDER   := $(VENV)/share/jupyter/lab/settings/overrides.d
+LAB_SETTINGS := {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}, \
+                 "@jupyterlab/notebook-extension:tracker": {"codeCellConfig": {"lineWrap": true}}}
 
 lab: setup  ## JupyterLab on the tour (ARGS="--no-browser --port=8890" and the like are passed on)
-	@mkdir -p $(LAB_SETTINGS) && echo '$(NO_NEWS)' > $(LAB_SETTINGS)/ldm-edu.json
+	@mkdir -p $(LAB_FOLDER) && echo '$(LAB_SETTINGS)' > $(LAB_FOLDER)/ldm-edu.json
 	@# Waiting threads sleep soon: see ldm_edu/__init__.py, which comes too late where a notebook imports torch first.
 	GOMP_SPINCOUNT=$${GOMP_SPINCOUNT:-20000} $(PYTHON) -m jupyterlab --ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" \
 		$(if $(filter 0,$(shell id -u)),--allow-root) --LabApp.default_url=/lab/tree/$(TOUR) $(ARGS)

@@ -30,9 +30,10 @@ def refuse_if_other(model: nn.Module, make: Callable[[], nn.Module]) -> None:
             )
 
 
-def _parts(model: nn.Module) -> dict[str, type | tuple[int, ...]]:
-    """The class of each part and the shape of each weight, by name."""
-    modules = {uncompiled(name): type(module) for name, module in model.named_modules()}
+def _parts(model: nn.Module) -> dict[str, str | tuple[int, ...]]:
+    """The class of each part (by name: a cell that is run again makes another) and the shape of each weight."""
+    classes = {uncompiled(name): type(module) for name, module in model.named_modules()}
+    modules = {name: f"{kind.__module__}.{kind.__qualname__}" for name, kind in classes.items()}
     return modules | {uncompiled(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 

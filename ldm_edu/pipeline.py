@@ -213,13 +213,14 @@ class LatentDiffusion(nn.Module):
         Raises:
             UserError: a part is one of your own, of which `load` could not know.
         """
-        if type(self.conditioner) is not TextConditioner:
+        conditioner = getattr(self.conditioner, "_orig_mod", self.conditioner)  # what torch.compile wraps
+        if type(conditioner) is not TextConditioner:
             raise UserError(
-                f"A model with the conditioner {type(self.conditioner).__name__} cannot be saved: load knows "
+                f"A model with the conditioner {type(conditioner).__name__} cannot be saved: load knows "
                 "TextConditioner alone. Keep the weights with safetensors.torch.save_model."
             )
         schedule = self.schedule.config()
-        if not torch.equal(Schedule(**schedule).alphas_cumprod, self.schedule.alphas_cumprod):
+        if not torch.allclose(Schedule(**schedule).alphas_cumprod, self.schedule.alphas_cumprod.double().cpu()):
             raise UserError(f"A model with an ᾱ of its own cannot be saved: load would take that of {schedule}.")
         config = {
             "kind": self.kind,
@@ -232,7 +233,8 @@ class LatentDiffusion(nn.Module):
             "prediction": self.prediction,
         }
         config = json.loads(checkpoint.to_json(config))
-        refuse_if_other(self, lambda: self._described(config, Path()))
+        made_by = type(self) if "kind" in vars(type(self)) else LatentDiffusion
+        refuse_if_other(self, lambda: made_by._described(config, Path()))
         return config
 
     @classmethod

@@ -42,6 +42,7 @@ def test_a_collapsed_codebook_is_told_as_soon_as_there_is_one(fraction: float):
     assert told == {"usage": "low", "perplexity": "low"}
     before = {"codebook": 0.0, "usage": float("nan"), "perplexity": float("nan")}
     assert health.check(model, before, 0.2) == []
+    assert [r.name for r in health.check(model, {"usage": 0.9}, 0.5)] == ["usage"]
 
 
 def test_readings_of_another_loss_have_no_band():
@@ -58,7 +59,7 @@ def test_vq_can_begin_to_quantise_later_with_codes_where_latents_are():
         given, loss, readings = model.regularised(images, generator)
         plain = torch.equal(given, model.encode(images))
         assert plain == (step < 4) and (loss == 0) == (step < 4)
-        assert readings["perplexity"] >= 1 or step < 4
+        assert step < 4 or readings["perplexity"] >= 1
     # Every code was moved onto a latent before the first quantising step, so the nearest is the latent itself, or near.
     latents = model.encode(images).permute(0, 2, 3, 1).flatten(0, 2)
     distances = (model.quantizer.codebook.weight[:, None] - latents).norm(dim=2)

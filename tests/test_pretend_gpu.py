@@ -24,13 +24,13 @@ PROMPTS = ["a red star", "a blue circle above a red star"]
 @pytest.fixture
 def pretence(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
     """Within it, what is moved to the GPU is there, and what is made is on a CPU that is as unreal."""
-    levels = samplers.levels_of_steps
+    levels = samplers._levels
 
     def read_levels(*given: Any) -> list[tuple[int, float, float]]:  # from the schedule, which is real
         with unset_fake_temporarily():
             return levels(*given)
 
-    monkeypatch.setattr(samplers, "levels_of_steps", read_levels)
+    monkeypatch.setattr(samplers, "_levels", read_levels)
     monkeypatch.setattr(Schedule, "check", lambda schedule, t: None)  # it looks at numbers
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**36, 2**36))
     mode = FakeTensorMode(allow_non_fake_inputs=True)

@@ -161,18 +161,22 @@ def test_a_new_run_takes_no_old_latents(tmp_path: Path):
     others = pictures.clone()
     others[[i for i in range(40) if i not in torch.linspace(0, 39, 16).long()]] = 1.0  # not those that are looked at
 
-    def scale(pictures: Tensor, out: str | None) -> float:
-        model = tiny.latent_diffusion()
-        return train_diffusion("it", model, settings, pictures.__getitem__, ["a star"] * 40, "", out).latent_scale
+    def scale(pictures: Tensor, out: str | None, resume: bool = False) -> float:
+        common = "it", tiny.latent_diffusion(), settings, pictures.__getitem__, ["a star"] * 40, ""
+        return train_diffusion(*common, out, resume).latent_scale
 
     old = scale(pictures, str(tmp_path / "run"))
     shutil.rmtree(tmp_path / "run")
     assert (tmp_path / "run.latents.safetensors").is_file()
     new = scale(others, str(tmp_path / "run"))
     assert new == scale(others, None) and abs(new - old) > 0.01
+    shutil.rmtree(tmp_path / "run")  # and with --resume, where there is nothing to resume
+    assert scale(pictures, str(tmp_path / "run"), resume=True) == old
 
 
-@pytest.mark.parametrize("shape, count, words", [((40, 3, 16, 32), 40, "square.*4, 8"), ((40, 3, 16, 16), 3, "are 3")])
+@pytest.mark.parametrize(
+    "shape, count, words", [((40, 3, 16, 32), 40, "square.*16 × 32"), ((40, 3, 16, 16), 3, "there are 3")]
+)
 def test_what_a_diffusion_model_cannot_learn_from(shape: tuple, count: int, words: str):
     settings, pictures = DiffusionSettings(steps=1, pictures=40, batch_size=2, log_every=1), torch.zeros(shape)
     with pytest.raises(UserError, match=words):

@@ -1,6 +1,5 @@
 """What is saved comes back as the same model; what would come back as another one is refused before it is trained."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,6 +111,45 @@ def test_a_first_stage_of_ones_own_needs_a_name_of_its_own(tmp_path: Path):
     assert type(LatentDiffusion.load(tmp_path / "text").first_stage) is NamedKL
 
 
+def test_a_cell_that_is_run_again_makes_the_class_that_is_loaded(tmp_path: Path):
+    made = []
+    for _ in range(2):
+        room = {"AutoencoderKL": AutoencoderKL, "__name__": "__main__"}
+        exec("class Mine(AutoencoderKL):\n    kind = 'mine'", room)
+        made.append(room["Mine"])
+    for number, kind in enumerate(made):  # an instance of the first one, too
+        kind(tiny.AUTOENCODER).save(tmp_path / str(number), "a card")
+        assert type(FirstStage.load(tmp_path / str(number))) is made[-1]
+
+
+def test_a_subclass_of_the_whole_comes_back_as_itself_or_not_at_all(tmp_path: Path):
+    class Sub(LatentDiffusion):
+        pass
+
+    class Named(LatentDiffusion):
+        kind = "named"
+
+    for kind in (Sub, Named):
+        model = tiny.latent_diffusion()
+        model.__class__ = kind
+        if kind is Sub:
+            with pytest.raises(UserError, match="its class would not be .*Sub, but .*LatentDiffusion"):
+                model.save(tmp_path / "it", "a card")
+        else:
+            model.save(tmp_path / "it", "a card")
+            assert type(Named.load(tmp_path / "it")) is Named
+
+
+def test_a_compiled_conditioner_and_levels_in_single_precision_are_saved(tmp_path: Path):
+    model = tiny.latent_diffusion()
+    expected = model.sample(["a star"], num_steps=1)
+    model.conditioner = torch.compile(model.conditioner, backend="eager")
+    model.schedule.alphas_cumprod = model.schedule.alphas_cumprod.float()
+    model.save(tmp_path / "it", "a card")
+    again = LatentDiffusion.load(tmp_path / "it").sample(["a star"], num_steps=1)
+    torch.testing.assert_close(again, expected, atol=0.02, rtol=0)
+
+
 def test_looking_whether_it_can_be_saved_draws_no_random_numbers():
     model = tiny.latent_diffusion()
     torch.manual_seed(3)
@@ -198,4 +236,5 @@ def test_settings_that_mean_nothing(kind: type, changes: dict, words: str):
 def test_lists_are_as_good_as_tuples():
     lists = AutoencoderConfig(channel_multipliers=[1, 2], attention_levels=[1])
     assert lists == AutoencoderConfig(channel_multipliers=(1, 2), attention_levels=(1,)) and hash(lists)
-    assert json.loads(json.dumps(UNetConfig(channel_multipliers=[1, 2], attention_levels=[0]).channel_multipliers))
+    lists = UNetConfig(channel_multipliers=[1, 2], attention_levels=[0])
+    assert lists == UNetConfig(channel_multipliers=(1, 2), attention_levels=(0,)) and hash(lists)

@@ -150,12 +150,11 @@ class FirstStage(nn.Module):
 
 
 def _kinds() -> dict[str, type[FirstStage]]:
-    """Every subclass by its kind; those that only inherit it come after the one that has it."""
-    classes, kinds = FirstStage.__subclasses__(), {}
+    """Every subclass with a kind of its own; of one that was defined again, the last."""
+    classes = FirstStage.__subclasses__()
     for one in classes:
-        kinds.setdefault(one.kind, one)
         classes += one.__subclasses__()
-    return kinds
+    return {one.kind: one for one in classes if "kind" in vars(one)}
 
 
 class Identity(FirstStage):

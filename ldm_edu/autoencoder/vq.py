@@ -162,11 +162,8 @@ class AutoencoderVQ(FirstStage):
             quantized, loss, codes = quantizer(latent)
         quantizer.restart_dead_codes(latent, codes, generator)
         quantizer.steps += 1
-        size, unknown = self.config.codebook_size, latent.new_full((), torch.nan)
-        readings = {
-            "codebook": loss.detach(),
-            "perplexity": perplexity(codes, size) if len(codes) else unknown,
-            "usage": (quantizer.unused < 100).float().mean() if len(codes) else unknown,
-            **spread(latent),
-        }
+        readings = {"codebook": loss.detach(), **spread(latent)}
+        if len(codes):  # it quantises
+            readings["perplexity"] = perplexity(codes, self.config.codebook_size)
+            readings["usage"] = (quantizer.unused < 100).float().mean()
         return quantized, loss, readings

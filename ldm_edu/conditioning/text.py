@@ -49,7 +49,7 @@ class TextConditioner(nn.Module):
         if tokenizer.padding is None:
             raise UserError("Captions are padded to one length: call the tokenizer's enable_padding(...) first.")
         if not isinstance(encoder, TextTransformer):
-            if length > (most := getattr(encoder.config, "max_position_embeddings", length)):
+            if 0 < (most := getattr(encoder.config, "max_position_embeddings", None) or 0) < length:
                 raise UserError(f"This {type(encoder).__name__} reads {most} tokens at most, not {length}.")
             if getattr(encoder, "pooler", None) is not None:
                 encoder.pooler = None
@@ -109,9 +109,8 @@ class TextConditioner(nn.Module):
             theirs = AutoTokenizer.from_pretrained(name)
             model, report = kind.from_pretrained(name, **_without_pooling(encoder), output_loading_info=True)
         except Exception as error:  # none there, no network, no name for a hub, another encoder's settings, ...
-            raise UserError(
-                f"Cannot load {encoder} from {str(name)!r}: {str(error).splitlines()[0]}"
-            ) from error
+            words = " ".join(str(error).split()) or repr(error)
+            raise UserError(f"Cannot load {encoder} from {str(name)!r}: {words[:300]}") from error
         if absent := sorted(report["missing_keys"]):
             raise UserError(
                 f"{str(name)!r} is no {encoder}: it lacks {len(absent)} of its weights, the first is {absent[0]}. "

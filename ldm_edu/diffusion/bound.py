@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.special import log_ndtr
 
-from ldm_edu.diffusion.samplers import Denoiser, Draw, clean_and_noise, fresh_noise, levels_of_steps
+from ldm_edu.diffusion.samplers import Denoiser, Draw, clean_and_noise, fresh_noise
 from ldm_edu.diffusion.spacing import respaced_betas
 from ldm_edu.runtime import UserError
 
@@ -46,7 +46,11 @@ def variational_bound(
     Raises:
         UserError: ᾱ that do not fall from below 1, or end at 0 for "eps"; unknown words.
     """
-    levels_of_steps(alphas_cumprod, range(len(alphas_cumprod) - 1, -1, -1), -1, prediction)
+    first, last = (alphas_cumprod[i].item() for i in (0, -1)) if len(alphas_cumprod) else (1.0, 1.0)
+    if not (alphas_cumprod.diff() < 0).all() or not 0 <= last <= first < 1:
+        raise UserError(f"alphas_cumprod falls with t, from below 1; it goes from {first:.6g} to {last:.6g}.")
+    if last == 0 and prediction == "eps":
+        raise UserError("The last ᾱ is 0: no signal, and of the noise alone no z_0 follows. Take a model of x0 or v.")
     if decoder not in ("gaussian", "pixels"):
         raise UserError(f"The decoder is 'gaussian' or 'pixels', not {decoder!r}.")
     sigmas2 = reverse_variances(alphas_cumprod, variance).tolist()

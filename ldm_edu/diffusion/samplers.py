@@ -67,7 +67,7 @@ def ddim(
     if eta > 0 and draw is None:
         raise UserError(f"With eta = {eta} each step adds noise: say where it comes from (draw=...).")
     z = z0 = noise
-    for t, now, following in levels_of_steps(alphas_cumprod, timesteps, stop, prediction):
+    for t, now, following in _levels(alphas_cumprod, timesteps, stop, prediction):
         z0, epsilon = clean_and_noise(denoiser, z, t, now, prediction)
         yield Step(t, z, z0)
         # Equation 16 of Song et al.: eta = 1 gives the posterior's own standard deviation.
@@ -99,7 +99,7 @@ def ddpm(
     if variance not in ("posterior", "beta"):
         raise UserError(f"The variance is 'posterior' or 'beta', not {variance!r}.")
     z = z0 = noise
-    for t, now, following in levels_of_steps(alphas_cumprod, timesteps, stop, prediction):
+    for t, now, following in _levels(alphas_cumprod, timesteps, stop, prediction):
         z0, _ = clean_and_noise(denoiser, z, t, now, prediction)
         yield Step(t, z, z0)
         alpha = now / following
@@ -142,7 +142,7 @@ def plms(
     """
     z = z0 = noise
     past: deque[Tensor] = deque(maxlen=4)
-    levels = levels_of_steps(alphas_cumprod, timesteps, stop, "eps")
+    levels = _levels(alphas_cumprod, timesteps, stop, "eps")
     for (t, now, following), upcoming in zip(levels, [*(t for t, *_ in levels[1:]), stop]):
         z0, epsilon = clean_and_noise(denoiser, z, t, now, prediction)
         yield Step(t, z, z0)
@@ -175,7 +175,7 @@ def dpm_solver(
     """
     z = z0 = noise
     before, width_before = None, 0.0
-    levels = levels_of_steps(alphas_cumprod, timesteps, stop, prediction)
+    levels = _levels(alphas_cumprod, timesteps, stop, prediction)
     for i, (t, now, following) in enumerate(levels, start=1):
         z0, _ = clean_and_noise(denoiser, z, t, now, prediction)
         yield Step(t, z, z0)
@@ -208,7 +208,7 @@ def clean_and_noise(
     return z0.to(z.dtype), noise.to(z.dtype)
 
 
-def levels_of_steps(
+def _levels(
     alphas_cumprod: Tensor, timesteps: Sequence[int], stop: int, prediction: str
 ) -> list[tuple[int, float, float]]:
     """Each timestep with its ᾱ, and the ᾱ that its step leads to; the last step leads to `stop`'s, or to 1."""

@@ -127,20 +127,22 @@ def train_diffusion(
         UserError: not `settings.pictures` captions, pictures that are not square, a model that cannot be saved, and
             the errors of `fit`.
     """
+    height, width = get_images(torch.arange(1)).shape[-2:]
+    if height != width:
+        raise UserError(f"Training takes square pictures; these have {height} × {width} pixels.")
     if len(captions) != settings.pictures:
         raise UserError(f"{settings.pictures} pictures need as many captions; there are {len(captions)}.")
     cache = None
     if out:  # before the encoding, which takes minutes
         out = Path(out)
         model.description()
+        begun = out.is_dir() and any(out.iterdir())
         prepare_folder(out, resume)
         cache = out.with_name(out.name + ".latents.safetensors")
-        if not resume:
+        if not begun:  # those of an earlier run
             cache.unlink(missing_ok=True)
     device = pick_device()
     mean, std = (t.to(device) for t in encode_all(model.first_stage, get_images, settings.pictures, cache))
-    if mean.shape[-2] != mean.shape[-1]:
-        raise UserError(f"Training takes square pictures; the latents of these are {tuple(mean.shape[-2:])}.")
     # Section 4.3.2 and appendix G: one scalar brings the latent to unit standard deviation.
     model.latent_scale = round(1 / mean[:4096].float().std().item(), 6)
     model.latent_size = mean.shape[-1]

@@ -68,7 +68,7 @@ def check(model: FirstStage, readings: Mapping[str, float], fraction: float) -> 
 
 def _means_something(name: str, row: Mapping[str, float | str]) -> bool:
     """Whether a row has this reading; those of the codebook begin where its loss does."""
-    return name in row and not (name in ("perplexity", "usage") and float(row["codebook"]) == 0)
+    return name in row and not (name in ("perplexity", "usage") and float(row.get("codebook", 1)) == 0)
 
 
 def _histories(kind: str, f: int) -> Iterator[list[dict[str, str]]]:

@@ -36,9 +36,9 @@ def photographs(split: str = "train", side: int = 128) -> tuple[Tensor, Tensor]:
         labels = torch.tensor(pictures.labels or [0] * len(images))  # no folders, no classes
         held_out = torch.arange(len(images)) % 10 == 0
     else:
+        kept = json.loads(HELD_OUT.read_text(encoding="utf-8"))  # by class, as numbers of pictures
         public = PublicSet("caltech101", side)
         images, labels = public.as_tensor_cache()
-        kept = json.loads(HELD_OUT.read_text(encoding="utf-8"))  # by class, as numbers of pictures
         names = [public.classes[label] for label in labels]
         known = torch.tensor([name in kept for name in names])  # four classes of people and characters are not
         held_out = torch.tensor([i in kept.get(name, ()) for name, i in zip(names, public.pictures.index)])[known]

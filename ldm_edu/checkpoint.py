@@ -124,7 +124,7 @@ def _fetch(repository: str) -> Path:
 
 def to_json(value: Any, indent: int | None = None) -> str:
     """As JSON: numpy's and torch's numbers like Python's, a path as text."""
-    return json.dumps(value, indent=indent, default=lambda v: v.item() if hasattr(v, "item") else str(v))
+    return json.dumps(value, indent=indent, default=lambda v: v.item() if hasattr(v, "item") else os.fspath(v))
 
 
 def write(

@@ -85,15 +85,21 @@ class PictureNoise:
     def __init__(self, seeds: Sequence[int]) -> None:
         try:
             numbers = [operator.index(seed) for seed in seeds]
-        except TypeError:
-            numbers = [-1]
-        if not all(0 <= number < 2**32 for number in numbers):
-            raise UserError(f"Seeds are integers from 0 to 2**32 - 1; they are {list(seeds)}.")
+            if not all(0 <= number < 2**32 for number in numbers):
+                raise ValueError("out of range")
+        except (TypeError, ValueError) as error:
+            raise UserError(f"Seeds are integers from 0 to 2**32 - 1; they are {list(seeds)}.") from error
         self.generators = [torch.Generator().manual_seed(number) for number in numbers]
 
     def __call__(self, shape_of_one: Sequence[int]) -> Tensor:
         """Standard normal noise `(number of seeds, *shape_of_one)`, on the CPU."""
         return torch.stack([torch.randn(*shape_of_one, generator=g) for g in self.generators])
+
+
+def refuse_bytes(images: Tensor) -> None:
+    """Refuse pictures of integers: they would be taken for values in [-1, 1]."""
+    if not images.is_floating_point():
+        raise UserError(f"Pictures are floats in [-1, 1], not {images.dtype}: images / 127.5 - 1 makes them of bytes.")
 
 
 def uses_bfloat16(device: torch.device, precision: str = "auto") -> bool:

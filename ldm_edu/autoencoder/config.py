@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ldm_edu.layers import check_levels
 from ldm_edu.runtime import UserError
 
 
@@ -34,20 +35,12 @@ class AutoencoderConfig:
     image_channels: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("channel_multipliers", "attention_levels"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_levels(self)
         for name in ("latent_channels", "channels", "blocks", "groups", "image_channels"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        if not self.widths:
-            raise UserError("channel_multipliers must have a number for each level, at least one; it is empty.")
         if any(width < 1 or width % self.groups for width in self.widths):
             raise UserError(f"Every level's width, {self.widths}, must be a multiple of the {self.groups} groups.")
-        if not {*self.attention_levels} <= {*range(len(self.widths))}:
-            raise UserError(
-                f"attention_levels are counted from 0, full resolution, to {len(self.widths) - 1}; "
-                f"they are {self.attention_levels}."
-            )
 
     @property
     def f(self) -> int:

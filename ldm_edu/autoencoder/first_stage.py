@@ -16,7 +16,7 @@ from ldm_edu.autoencoder.encoder import Decoder, Encoder
 from ldm_edu.autoencoder.gaussian import DiagonalGaussian
 from ldm_edu.autoencoder.strips import decode_in_strips, fits_whole
 from ldm_edu.parts import refuse_if_other
-from ldm_edu.runtime import UserError
+from ldm_edu.runtime import UserError, refuse_bytes
 
 
 class FirstStage(nn.Module):
@@ -60,10 +60,7 @@ class FirstStage(nn.Module):
 
     def check(self, images: Tensor) -> None:
         """Refuse what is no batch of pictures with sides that are multiples of f."""
-        if not images.is_floating_point():
-            raise UserError(
-                f"Pictures are floats in [-1, 1], not {images.dtype}: images / 127.5 - 1 makes them of bytes."
-            )
+        refuse_bytes(images)
         if images.ndim != 4 or images.shape[1] != self.config.image_channels:
             raise UserError(
                 f"Pictures come as (B, {self.config.image_channels}, H, W); this is {tuple(images.shape)}."

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldm_edu.runtime import UserError
+from ldm_edu.runtime import UserError, refuse_bytes
 
 MAX_MEGAPIXELS = 64  # 8192 x 8192; as floats such a picture takes 0.8 GB
 SUFFIXES = frozenset(".avif .bmp .gif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
@@ -121,8 +121,7 @@ def to_uint8(images: Tensor) -> np.ndarray:
     Raises:
         UserError: a value is not finite, as after a training that diverged; or they are integers already.
     """
-    if not images.is_floating_point():
-        raise UserError(f"Pictures are floats in [-1, 1], not {images.dtype}: images / 127.5 - 1 makes them of bytes.")
+    refuse_bytes(images)
     if not torch.isfinite(images).all():
         raise UserError("The picture holds NaN or infinite values; the model that made it is not usable.")
     levels = images.detach().float().clamp(-1, 1).add(1).mul(127.5).round()

@@ -162,9 +162,8 @@ def output_paths(source: Path, paths: Sequence[Path], out: Path) -> dict[Path, P
         names = ["-".join(path.relative_to(home).with_suffix("").parts) for path in paths]
         if len(set(names)) < len(names):  # a.jpg beside a.png
             names = ["-".join(path.relative_to(home).parts) for path in paths]
-        twice, count = Counter(names).most_common(1)[0] if names else ("", 0)
-        if count > 1:  # a/b-c.png beside a-b/c.png
-            raise UserError(f"Two results would be called {out / twice}.png: rename one of the pictures or folders.")
+        if twice := [name for name, count in Counter(names).items() if count > 1]:  # a/b-c.png beside a-b/c.png
+            raise UserError(f"Two results would be called {out / twice[0]}.png: rename one of the pictures or folders.")
         places = {path: out / f"{name}.png" for path, name in zip(paths, names)}
     originals = {path.resolve() for path in paths}
     for place in places.values():

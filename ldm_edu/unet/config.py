@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ldm_edu.layers import check_levels
 from ldm_edu.runtime import UserError
 
 
@@ -47,10 +48,7 @@ class UNetConfig:
     num_classes: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("channel_multipliers", "attention_levels"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        if not self.widths:
-            raise UserError("channel_multipliers must have a number for each level, at least one; it is empty.")
+        check_levels(self)
         counts = {"channels": self.channels, "blocks": self.blocks, "heads": self.heads, "groups": self.groups}
         optional = {"context_channels": self.context_channels, "num_classes": self.num_classes}
         for name, count in (counts | {k: v for k, v in optional.items() if v is not None}).items():
@@ -61,13 +59,7 @@ class UNetConfig:
                 f"channels must be even, half cosines and half sines of the timestep, and every level's width, "
                 f"{self.widths}, a multiple of the {self.groups} groups."
             )
-        levels = range(len(self.widths))
-        if not {*self.attention_levels} <= {*levels}:
-            raise UserError(
-                f"attention_levels are counted from 0, the latent's resolution, to {levels[-1]}, the lowest; "
-                f"they are {self.attention_levels}."
-            )
-        for level in {*self.attention_levels, levels[-1]}:
+        for level in {*self.attention_levels, len(self.widths) - 1}:
             self.heads_at(level)
             if self.depth_at(level) < 1:
                 raise UserError(f"transformer_depth must be at least 1 at every level; it is {self.transformer_depth}.")

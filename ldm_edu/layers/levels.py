@@ -1,0 +1,25 @@
+"""The levels of an encoder, a decoder or a UNet: each of half the resolution of the one before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ldm_edu.runtime import UserError
+
+
+def check_levels(config: Any) -> None:
+    """Make tuples of a config's `channel_multipliers` and `attention_levels`, lists perhaps, and look at both.
+
+    Raises:
+        UserError: there is no level, or attention in one that does not exist.
+    """
+    for name in ("channel_multipliers", "attention_levels"):
+        object.__setattr__(config, name, tuple(getattr(config, name)))  # it is frozen
+    count = len(config.channel_multipliers)
+    if not count:
+        raise UserError("channel_multipliers must have a number for each level, at least one; it is empty.")
+    if not {*config.attention_levels} <= {*range(count)}:
+        raise UserError(
+            f"attention_levels are counted from 0, the highest resolution, to {count - 1}, the lowest; "
+            f"they are {config.attention_levels}."
+        )

@@ -4,6 +4,7 @@ They have no numbers (`FakeTensorMode`), so this shows where everything would ru
 there is test_gpu.py.
 """
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from ldm_edu.autoencoder import FirstStageObjective
 from ldm_edu.diffusion import Schedule, samplers
 from ldm_edu.pipeline import SAMPLERS
 from ldm_edu.training.diffusion import DiffusionObjective
-from ldm_edu.unet.fast import Denoiser
+from ldm_edu.unet.fast import Denoiser, compiled, keys_and_values
 
 PROMPTS = ["a red star", "a blue circle above a red star"]
 
@@ -79,3 +80,25 @@ def test_the_loss_of_a_training_step(stage: str, pretence: FakeTensorMode):
         batch = on_gpu(2, 3, 16, 16) if first else (on_gpu(2, 2, 4, 4), tokens)
         loss, readings = objective.to("cuda")(batch, torch.Generator())
         assert loss.is_cuda and loss.requires_grad and all(reading.is_cuda for reading in readings.values())
+
+
+def test_the_compiled_network_fits_into_one_cuda_graph(pretence: FakeTensorMode, monkeypatch: pytest.MonkeyPatch):
+    """One program without a break, and no tensor of the CPU in it: torch would then leave the CUDA graph out."""
+    programs: list[tuple[torch.fx.GraphModule, dict[str, Any]]] = []
+
+    def note(program: torch.fx.GraphModule, inputs: list[Tensor], **named: Any) -> Any:
+        programs.append((program, named["options"]))
+        return program.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=note))
+    unet = tiny.latent_diffusion().unet
+    with pretence, torch.no_grad():
+        call = compiled(unet.to("cuda"))
+        for context in (on_gpu(2, 8, 16), on_gpu(2, 8, 16)):
+            kept = keys_and_values(unet, context)
+            assert call(on_gpu(2, 2, 4, 4), torch.tensor([400, 400]).to("cuda"), kept).is_cuda
+    ((program, options),) = programs
+    assert options["triton.cudagraphs"]
+    values = [node.meta["example_value"] for node in program.graph.nodes if "example_value" in node.meta]
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    assert len(tensors) > 100 and all(tensor.is_cuda for tensor in tensors)

@@ -75,13 +75,14 @@ class Job:
         raise NotImplementedError
 
     def ways(self, compiler: str = "") -> Iterable[Job]:
-        """Every precision and memory order; with a compiler, each precision compiled, too."""
+        """Every precision and memory order; with a compiler, compiled, too: on a GPU in the fastest precision alone."""
         device = torch.device(self.device)
         precisions = ["float32"] + ["bfloat16"] * has_fast_bfloat16(device)
         for precision, last in product(precisions, (False, True)):
             yield replace(self, precision=precision, channels_last=last)
-        for precision in precisions if compiler else ():
-            yield replace(self, precision=precision, channels_last=device.type == "cuda", compiler=compiler)
+        cpu = device.type == "cpu"
+        for precision in (precisions if cpu else precisions[-1:]) if compiler else ():
+            yield replace(self, precision=precision, channels_last=not cpu, compiler=compiler)
 
 
 class Sides:

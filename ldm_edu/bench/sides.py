@@ -161,8 +161,8 @@ def line(row: Row) -> str:
 
 def table(rows: list[Row]) -> str:
     """Rows as lines for people."""
-    width = max(len(row["precision"]) for row in rows)
-    aligned = f"{{:<28}} {{:<6}} {{:<{width}}} {{:>9}} {{:>9}} {{:>6}} {{:>9}} {{:>8}} {{:>8}}".format
+    name, how = (max(len(row[key]) for row in rows) for key in ("name", "precision"))
+    aligned = f"{{:<{name}}} {{:<6}} {{:<{how}}} {{:>9}} {{:>9}} {{:>6}} {{:>9}} {{:>8}} {{:>8}}".format
     lines = [aligned("", "device", "precision", "ours s", "peer s", "ratio", "max diff", "ours MB", "peer MB")]
     for row in rows:
         peaks = ("?" if row[side] is None else f"{row[side]:.0f}" for side in ("ours_peak_mb", "peer_peak_mb"))

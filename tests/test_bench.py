@@ -117,8 +117,7 @@ def test_turns_alternate_and_medians_are_compared():
 def test_best_is_each_sides_own_fastest(monkeypatch: pytest.MonkeyPatch):
     """In this world ours is fastest in bfloat16, channels last, and theirs in float32, channels first."""
     monkeypatch.setattr(first_stage, "Sides", Here)
-    for module in (first_stage, sides):
-        monkeypatch.setattr(module, "has_fast_bfloat16", lambda device: True)
+    monkeypatch.setattr(sides, "has_fast_bfloat16", lambda device: True)
     monkeypatch.setattr(sides, "first", lambda job: (np.zeros(1), 1.0, float(job.size)))
 
     def seconds(job: Job) -> float:
@@ -170,6 +169,8 @@ def test_without_diffusers_words(monkeypatch: pytest.MonkeyPatch):
         (["first-stage", "--runs", 0], ["--runs", "0"]),
         (["first-stage", "--device", "tpu"], ["'tpu'", "Try 'cpu'"]),
         (["unet", "--device", "gpu"], ["'gpu'", "Try 'cpu'"]),
+        (["unet", "--task", "inversion"], ["'inversion'", "forward, training step, sampling"]),
+        (["first-stage", "--task", "sampling"], ["--task", "unet"]),
         ([], ["first-stage"]),
     ],
 )

@@ -15,6 +15,7 @@ from PIL import Image
 from ldm_edu.bench import sides, unet
 from ldm_edu.bench.sides import Job, Sides
 from ldm_edu.bench.unet import TASKS, UNetJob
+from ldm_edu.runtime import UserError
 from ldm_edu.training.recipes import shapes_text
 from ldm_edu.unet import UNetConfig
 from ldm_edu.unet.fast import Denoiser
@@ -119,13 +120,12 @@ def test_rows(monkeypatch: pytest.MonkeyPatch):
         return 8.0 - 2 * (job.precision == "bfloat16") - 1 * bool(job.compiler) + 2 * job.peer - 0.5 * job.channels_last
 
     monkeypatch.setattr(unet, "Sides", lambda: Imagined(cost))
-    for module in (unet, sides):
-        monkeypatch.setattr(module, "has_fast_bfloat16", lambda device: True)
+    monkeypatch.setattr(sides, "has_fast_bfloat16", lambda device: True)
 
     monkeypatch.setattr(unet, "devices", lambda device: [device])  # where it is not, too
 
-    def ratios(large: bool, device: str = "cpu") -> dict[tuple[str, str], float]:
-        return {(row["name"], row["precision"]): row["ratio"] for row in unet.unet(2, large, device)}
+    def ratios(large: bool, *where: str) -> dict[tuple[str, str], float]:
+        return {(row["name"], row["precision"]): row["ratio"] for row in unet.unet(2, large, *where or ("cpu",))}
 
     eager, ours = "bfloat16, channels last", "bfloat16, compiled our way"
     assert ratios(large=False) == {
@@ -139,7 +139,7 @@ def test_rows(monkeypatch: pytest.MonkeyPatch):
     assert ratios(large=True) == {("forward, SD 1", "float32"): 10 / 8, ("forward, SD 1", "bfloat16"): 8 / 6}
     tuned = UNetJob(False, "cuda", "forward", "bfloat16", True, config=shapes_text.MODEL)
     ours, kinds = f"{eager}, compiled our way", ("best, peer not compiled", "best")  # the peer's compiler fails
-    assert ratios(large=False, device="cuda") == {
+    assert ratios(False, "cuda") == {
         **{(task, "float32"): 10 / 8 for task in TASKS},
         **{(task, "bfloat16"): 8 / 6 for task in TASKS},
         ("training step, best", eager): 7.5 / 5.5,
@@ -152,6 +152,15 @@ def test_rows(monkeypatch: pytest.MonkeyPatch):
     # Compiled by us: four calls of one search, which serves two rows, and three of each row.
     assert asked.count(replace(tuned, compiler="ours")) == 4 + 3 * 3 and replace(tuned, precision="float32") in asked
     assert replace(tuned, precision="float32", compiler="ours") not in asked, "which takes minutes"
+    asked.clear()
+    assert set(ratios(True, "cuda", "sampling")) == {
+        ("sampling, SD 1", "bfloat16"),
+        ("sampling, SD 1", ours),
+        *((f"sampling, SD 1, {kind}", f"ours {ours}; peer {eager}") for kind in kinds),
+    }
+    assert {(job.task, job.precision) for job in asked} == {("sampling", "bfloat16")}, "float32 takes minutes, too"
+    with pytest.raises(UserError, match="No 'training step' is timed on cpu at this size.*forward, training step"):
+        ratios(True, "cpu", "training step")
 
 
 def test_the_devices(monkeypatch: pytest.MonkeyPatch):

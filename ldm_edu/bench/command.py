@@ -24,6 +24,7 @@ def bench(
         bool,
         typer.Option("--large", help="first-stage: decode 1024x1024, too. unet: Stable Diffusion's instead. Slow."),
     ] = False,
+    task: Annotated[str | None, typer.Option(help="unet: only forward, 'training step' or sampling.")] = None,
     device: Annotated[
         str | None, typer.Option(metavar="cpu|cuda|mps", help="By default the CPU, then a GPU if there is one.")
     ] = None,
@@ -43,6 +44,8 @@ def bench(
         raise UserError(f"--runs is {runs}; it must be at least 1.")
     if what == "unet" and (size, channels) != (None, None):
         raise UserError("The UNet is timed at its own size: leave out --size and --channels, or add --large.")
+    if what != "unet" and task is not None:
+        raise UserError("--task is for the unet.")
     if plot and not (plot.suffix.lower() == ".png" and plot.parent.is_dir()):
         raise UserError(f"--plot {plot}: name a FILE.png in a folder that exists.")
 
@@ -51,7 +54,7 @@ def bench(
     from ldm_edu.bench import first_stage, sides, unet
 
     if what == "unet":
-        made = unet.unet(runs, large, device)
+        made = unet.unet(runs, large, device, task)
     else:
         made = first_stage.first_stage(size, runs, 128 if channels is None else channels, large, device)
     rows = []

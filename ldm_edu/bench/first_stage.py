@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ldm_edu.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm_edu.bench.sides import Job, Row, Sides, devices, diffusers
 from ldm_edu.interop import first_stage_to_diffusers
-from ldm_edu.runtime import UserError, has_fast_bfloat16, progress
+from ldm_edu.runtime import UserError, progress
 
 TASKS = ("encode", "decode")
 LARGE = 1024  # pixels
@@ -70,14 +70,13 @@ def first_stage(
     diffusers()
     for where in devices(device):
         job = FirstStageJob(False, where, "decode", config=config, size=size or (128 if where == "cpu" else 512))
-        precisions = ["float32"] + ["bfloat16"] * has_fast_bfloat16(torch.device(where))
-        total = 2 * len(precisions) + 2 + large
-        yield from progress(_rows(job, precisions, runs, large), total=total, desc=f"bench on {where}")
+        total = 2 * len(job.precisions) + 2 + large
+        yield from progress(_rows(job, runs, large), total=total, desc=f"bench on {where}")
 
 
-def _rows(job: Job, precisions: list[str], runs: int, large: bool) -> Iterator[Row]:
+def _rows(job: Job, runs: int, large: bool) -> Iterator[Row]:
     with Sides() as sides:
-        for precision in precisions:
+        for precision in job.precisions:
             for task in TASKS:
                 yield sides.row(task, replace(job, task=task, precision=precision), runs)
         for task in TASKS:

@@ -74,14 +74,17 @@ class Job:
         """The other library's class and version."""
         raise NotImplementedError
 
+    @property
+    def precisions(self) -> list[str]:
+        """float32, and bfloat16 where the device is fast at it."""
+        return ["float32"] + ["bfloat16"] * has_fast_bfloat16(torch.device(self.device))
+
     def ways(self, compiler: str = "") -> Iterable[Job]:
-        """Every precision and memory order; with a compiler, compiled, too: on a GPU in the fastest precision alone."""
-        device = torch.device(self.device)
-        precisions = ["float32"] + ["bfloat16"] * has_fast_bfloat16(device)
-        for precision, last in product(precisions, (False, True)):
+        """Every precision and memory order; with a compiler, compiled, too: on a GPU in the last precision alone."""
+        for precision, last in product(self.precisions, (False, True)):
             yield replace(self, precision=precision, channels_last=last)
-        cpu = device.type == "cpu"
-        for precision in (precisions if cpu else precisions[-1:]) if compiler else ():
+        cpu = self.device == "cpu"
+        for precision in (self.precisions if cpu else self.precisions[-1:]) if compiler else ():
             yield replace(self, precision=precision, channels_last=not cpu, compiler=compiler)
 
 

@@ -15,7 +15,7 @@ from ldm_edu.bench.sides import Job, Row, Sides, devices, diffusers
 from ldm_edu.diffusion import Schedule, guided, spaced_timesteps
 from ldm_edu.diffusion.samplers import ddim
 from ldm_edu.interop import schedule_to_diffusers, unet_to_diffusers
-from ldm_edu.runtime import has_fast_bfloat16, progress
+from ldm_edu.runtime import UserError, progress
 from ldm_edu.training.fit import update_ema
 from ldm_edu.training.recipes import shapes_text
 from ldm_edu.unet import UNet, UNetConfig
@@ -23,6 +23,7 @@ from ldm_edu.unet.fast import Denoiser, compiled
 
 TASKS = ("forward", "training step", "sampling")
 STEPS, GUIDANCE, BATCH, TRAINING_BATCH = 25, 3.0, 4, 64
+SMALL = 16  # places a side, in the latents of shapes-text
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class UNetJob(Job):
     """
 
     config: UNetConfig = field(default_factory=UNetConfig)
-    size: int = 16
+    size: int = SMALL
     tokens: int = 32
     batch: int = BATCH
     training_batch: int = TRAINING_BATCH
@@ -42,6 +43,12 @@ class UNetJob(Job):
     def call(self) -> Callable[[], Tensor]:
         """The task, on random weights and inputs."""
         return {"forward": self._forward, "training step": self._training, "sampling": self._sampling}[self.task]()
+
+    @property
+    def precisions(self) -> list[str]:
+        """At Stable Diffusion's size a GPU is spared float32, in which it would take minutes for a row."""
+        large = self.size > SMALL and self.device != "cpu"
+        return super().precisions[-1:] if large else super().precisions
 
     def peer_name(self) -> str:
         """With its version."""
@@ -56,8 +63,8 @@ class UNetJob(Job):
 
     def _network(self) -> nn.Module:
         torch.manual_seed(0)
-        network: nn.Module = UNet(self.config)
-        with torch.no_grad():
+        with torch.device(self.device), torch.no_grad():  # drawn there: on a CPU Stable Diffusion's take 20 seconds
+            network: nn.Module = UNet(self.config)
             for p in network.parameters():  # a new UNet predicts zero
                 p.add_(torch.randn_like(p), alpha=0.02)
         if self.peer:
@@ -142,28 +149,33 @@ class UNetJob(Job):
         return step
 
 
-def unet(runs: int = 10, large: bool = False, device: str | None = None) -> Iterator[Row]:
+def unet(
+    runs: int = 10, large: bool = False, device: str | None = None, task: str | None = None
+) -> Iterator[Row]:
     """At the size of shapes-text, each task at equal precision and best against best.
 
     Best: each side in the precision and memory order that were its fastest in a short trial, compiled or not: ours as
-    `Denoiser` does it, diffusers' by torch.compile as it is. A training step is never compiled. Before it, best without
-    a compiler: of both on a CPU, and on a GPU, where much of the time goes into the launching of kernels, of diffusers.
+    `Denoiser` does it, diffusers' by torch.compile as it is. A training step is never compiled. The row before it is
+    that of the best without a compiler: of both sides on a CPU, on a GPU of diffusers alone.
 
     Args:
         runs: of each side, for each row.
         large: at Stable Diffusion 1's size instead; on a CPU one call, for one latent with guidance.
         device: by default the CPU, and a GPU if there is one.
+        task: one of `TASKS`, by default all.
 
     Returns:
         rows of `Sides.row`, each as soon as it is measured.
 
     Raises:
-        UserError: no diffusers here.
+        UserError: no diffusers here, no such task, or none that is timed.
     """
     diffusers()
     size = dict(size=64, tokens=77, training_batch=4) if large else dict(config=shapes_text.MODEL)
     for where in devices(device):
-        plans = list(_plans(UNetJob(False, where, "forward", **size)))
+        plans = [plan for plan in _plans(UNetJob(False, where, "forward", **size)) if task in (None, plan.job.task)]
+        if not plans:
+            raise UserError(f"No {task!r} is timed on {where} at this size; there are {', '.join(TASKS)}.")
         with Sides() as sides:
             fastest = cache(sides.fastest)
             for plan in progress(plans, desc=f"bench on {where}"):
@@ -200,15 +212,14 @@ class Plan:
 
 
 def _plans(job: UNetJob) -> Iterator[Plan]:
-    large, cpu = job.size > 16, job.device == "cpu"
+    large, cpu = job.size > SMALL, job.device == "cpu"
     size = ", SD 1" * large
-    precisions = ["float32"] + ["bfloat16"] * has_fast_bfloat16(torch.device(job.device))
     if large and cpu:  # the rest would take hours
-        yield from (Plan("forward" + size, replace(job, batch=1, precision=p)) for p in precisions)
+        yield from (Plan("forward" + size, replace(job, batch=1, precision=p)) for p in job.precisions)
         return
     for task in TASKS:
         name, job = task + size, replace(job, task=task)
-        for precision in precisions:
+        for precision in job.precisions:
             yield Plan(name, replace(job, precision=precision))
         if task == "training step":  # never compiled
             yield Plan(f"{name}, best", job, best=True)
@@ -217,5 +228,5 @@ def _plans(job: UNetJob) -> Iterator[Plan]:
             yield Plan(f"{name}, best, not compiled", job, best=True)
         else:
             yield Plan(f"{name}, best, peer not compiled", job, best=True, compilers=("ours", ""))
-        yield Plan(name, replace(job, precision=precisions[-1], channels_last=not cpu, compiler="ours"))
+        yield Plan(name, replace(job, precision=job.precisions[-1], channels_last=not cpu, compiler="ours"))
         yield Plan(f"{name}, best", job, best=True, compilers=("ours", "default"))

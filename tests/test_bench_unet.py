@@ -122,7 +122,7 @@ def test_rows(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(unet, "Sides", lambda: Imagined(cost))
     monkeypatch.setattr(sides, "has_fast_bfloat16", lambda device: True)
 
-    monkeypatch.setattr(unet, "devices", lambda device: [device])  # where it is not, too
+    monkeypatch.setattr(unet, "devices", lambda device: device.split())  # where it is not, too
 
     def ratios(large: bool, *where: str) -> dict[tuple[str, str], float]:
         return {(row["name"], row["precision"]): row["ratio"] for row in unet.unet(2, large, *where or ("cpu",))}
@@ -153,7 +153,7 @@ def test_rows(monkeypatch: pytest.MonkeyPatch):
     assert asked.count(replace(tuned, compiler="ours")) == 4 + 3 * 3 and replace(tuned, precision="float32") in asked
     assert replace(tuned, precision="float32", compiler="ours") not in asked, "which takes minutes"
     asked.clear()
-    assert set(ratios(True, "cuda", "sampling")) == {
+    assert set(ratios(True, "cpu cuda", "sampling")) == {
         ("sampling, SD 1", "bfloat16"),
         ("sampling, SD 1", ours),
         *((f"sampling, SD 1, {kind}", f"ours {ours}; peer {eager}") for kind in kinds),

@@ -172,10 +172,11 @@ def unet(
     """
     diffusers()
     size = dict(size=64, tokens=77, training_batch=4) if large else dict(config=shapes_text.MODEL)
-    for where in devices(device):
-        plans = [plan for plan in _plans(UNetJob(False, where, "forward", **size)) if task in (None, plan.job.task)]
-        if not plans:
-            raise UserError(f"No {task!r} is timed on {where} at this size; there are {', '.join(TASKS)}.")
+    jobs = [UNetJob(False, where, "forward", **size) for where in devices(device)]
+    wanted = {job.device: [plan for plan in _plans(job) if task in (None, plan.job.task)] for job in jobs}
+    if not any(wanted.values()):
+        raise UserError(f"No {task!r} is timed on {' or '.join(wanted)} at this size; there are {', '.join(TASKS)}.")
+    for where, plans in wanted.items():
         with Sides() as sides:
             fastest = cache(sides.fastest)
             for plan in progress(plans, desc=f"bench on {where}"):

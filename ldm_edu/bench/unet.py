@@ -45,10 +45,15 @@ class UNetJob(Job):
         return {"forward": self._forward, "training step": self._training, "sampling": self._sampling}[self.task]()
 
     @property
+    def large(self) -> bool:
+        """Whether it is Stable Diffusion's size, not that of shapes-text."""
+        return self.size > SMALL
+
+    @property
     def precisions(self) -> list[str]:
         """At Stable Diffusion's size a GPU is spared float32, in which it would take minutes for a row."""
-        large = self.size > SMALL and self.device != "cpu"
-        return super().precisions[-1:] if large else super().precisions
+        found = super().precisions
+        return found[-1:] if self.large and self.device != "cpu" else found
 
     def peer_name(self) -> str:
         """With its version."""
@@ -213,9 +218,8 @@ class Plan:
 
 
 def _plans(job: UNetJob) -> Iterator[Plan]:
-    large, cpu = job.size > SMALL, job.device == "cpu"
-    size = ", SD 1" * large
-    if large and cpu:  # the rest would take hours
+    cpu, size = job.device == "cpu", ", SD 1" * job.large
+    if job.large and cpu:  # the rest would take hours
         yield from (Plan("forward" + size, replace(job, batch=1, precision=p)) for p in job.precisions)
         return
     for task in TASKS:

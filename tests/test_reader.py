@@ -132,6 +132,7 @@ def test_a_reading_agrees_with_its_scene_only():
         (star._replace(y=0.9), circle), (star._replace(x=0.1, y=0.6), circle),
     ]  # fmt: skip
     assert not [things for things in others if agrees(reading, things)]
+    assert [things for things in others if agrees(reading, things, sizes=False)] == [others[5]]
 
 
 def picture_of(*things: Thing) -> Tensor:

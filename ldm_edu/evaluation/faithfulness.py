@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ldm_edu.datasets.captions import Thing
+from ldm_edu.datasets.captions import Thing, describe
 from ldm_edu.datasets.reader import agrees, read_scenes
 from ldm_edu.datasets.shapes import ShapeScenes
 from ldm_edu.pipeline import LatentDiffusion
@@ -16,6 +16,7 @@ from ldm_edu.runtime import UserError, batches, has_fast_bfloat16, progress
 GROUPS = {
     "one": dict(objects=(1, 1)),
     "two": dict(objects=(2, 2)),
+    "no_sizes": dict(objects=(2, 2)),
     "held_out": dict(objects=(1, 1), held_out="only"),
 }
 
@@ -31,9 +32,10 @@ def faithfulness(
 ) -> dict[str, object]:
     """The share of samples with every object, colour, shape, size and relation as in the caption.
 
-    Scenes come from a seed that training never used. Beside "one" and "two" objects and pairs of shape and colour
-    that training left out ("held_out") stand the "ceiling" (true pictures of two objects, through the first stage and
-    back) and "shuffled" (the samples of "two" against each other's captions: chance).
+    Scenes come from a seed that training never used. Beside "one" and "two" objects, two objects of any size
+    ("no_sizes": the captions name none) and pairs of shape and colour that training left out ("held_out") stand the
+    "ceiling" (true pictures of two objects, through the first stage and back) and "shuffled" (the samples of "two"
+    against each other's captions: chance).
 
     Args:
         captions: how many in each group.
@@ -50,30 +52,23 @@ def faithfulness(
     if seed == 0:
         raise UserError("Seed 0 makes the training scenes; evaluate with another one (1 by default).")
     precision = "bfloat16" if has_fast_bfloat16(model.device) else "float32"
+    options = dict(num_steps=num_steps, guidance_scale=guidance_scale, precision=precision)
     shares: dict[str, float] = {}
     for group, arguments in GROUPS.items():
         scenes = ShapeScenes(64, count=captions, seed=seed, **arguments)
-        texts = scenes.captions(range(captions), full=True)
-        wanted = wanted_things(scenes)
+        wanted, sizes = wanted_things(scenes), group != "no_sizes"
+        texts = scenes.captions(range(captions), full=True) if sizes else without_sizes(wanted)
         images = []
         for part in batches(captions, batch_size):
             seeds = list(range(part.start, part.stop))
-            images.append(
-                model.sample(
-                    texts[part],
-                    num_steps=num_steps,
-                    guidance_scale=guidance_scale,
-                    seeds=seeds,
-                    precision=precision,
-                )
-            )
+            images.append(model.sample(texts[part], seeds=seeds, **options))
             if on_progress:
                 on_progress(len(seeds))
-        shares[group] = share(torch.cat(images), wanted)
+        shares[group] = share(torch.cat(images), wanted, sizes)
         if group == "two":
             shares["shuffled"] = share(torch.cat(images), wanted[1:] + wanted[:1])
             shares["ceiling"] = share(_reconstructed(model, scenes), wanted)
-    order = ("one", "two", "held_out", "ceiling", "shuffled")
+    order = ("one", "two", "no_sizes", "held_out", "ceiling", "shuffled")
     return {"faithfulness": {name: shares[name] for name in order}, "captions": captions, "seed": seed}
 
 
@@ -91,9 +86,14 @@ def wanted_things(scenes: ShapeScenes) -> list[tuple[Thing, ...]]:
     return [drawn.things(i) for i in range(len(scenes))]
 
 
-def share(images: Tensor, wanted: list[tuple[Thing, ...]]) -> float:
-    """The share of pictures in which everything is read as wanted."""
-    right = [agrees(reading, things) for reading, things in zip(read_scenes(images), wanted, strict=True)]
+def without_sizes(wanted: list[tuple[Thing, ...]]) -> list[str]:
+    """A caption for each scene that leaves the sizes to the model, in every phrasing in turn."""
+    return [describe(things, (i, 0, i, 0)) for i, things in enumerate(wanted)]
+
+
+def share(images: Tensor, wanted: list[tuple[Thing, ...]], sizes: bool = True) -> float:
+    """The share of pictures in which everything is read as wanted, the sizes too unless they are left open."""
+    right = [agrees(reading, things, sizes) for reading, things in zip(read_scenes(images), wanted, strict=True)]
     return round(sum(right) / len(right), 4)
 
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_edu.datasets.captions import SAME_SIZE
+from ldm_edu.datasets.captions import SAME_SIZE, Thing
 from ldm_edu.datasets.shapes import ShapeScenes
 from ldm_edu.evaluation.faithfulness import GROUPS, faithfulness, wanted_things, without_sizes
 from ldm_edu.runtime import UserError
 
 COUNT, SEED = 10, 3
+OTHER = {"small": "large", "large": "small"}
 SIZE_WORDS = {word for words in SAME_SIZE.values() for word in words}
 
 
@@ -57,6 +58,16 @@ def test_a_wrong_picture_counts_in_its_group_alone(group: str):
     shares = faithfulness(Painter(group), COUNT, SEED)["faithfulness"]
     assert shares[group] == 0 and shares["ceiling"] == 1
     assert all(shares[other] == 1 for other in GROUPS if other != group)
+
+
+def test_sizes_are_open_where_the_caption_names_none(monkeypatch: pytest.MonkeyPatch):
+    def of_other_sizes(scenes: ShapeScenes) -> list[tuple[Thing, ...]]:
+        return [tuple(t._replace(size=OTHER[t.size]) for t in things) for things in wanted_things(scenes)]
+
+    painter = Painter()
+    monkeypatch.setattr("ldm_edu.evaluation.faithfulness.wanted_things", of_other_sizes)
+    shares = faithfulness(painter, COUNT, SEED)["faithfulness"]
+    assert [name for name, share in shares.items() if share] == ["no_sizes"] and shares["no_sizes"] == 1
 
 
 def test_captions_without_sizes_say_all_the_rest():

@@ -111,7 +111,7 @@ def test_the_stand_in_below_is_called_as_the_real_one():
 def faithful(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     """A stand-in for the measurement of caption faithfulness, which takes minutes."""
     calls: list[dict] = []
-    shares = {"one": 0.97, "two": 0.84, "no_sizes": 0.7, "held_out": 0.8, "ceiling": 0.99, "shuffled": 0.01}
+    shares = {"one": 0.97, "two": 0.84, "no_colours": 0.7, "held_out": 0.8, "ceiling": 0.99, "shuffled": 0.01}
 
     def evaluate(model: object, **options: int) -> dict:
         calls.append(options)
@@ -124,7 +124,7 @@ def faithful(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
 def test_evaluate_a_text_model(models: SimpleNamespace, faithful: list[dict]):
     result = run("evaluate", models.text, "--json")
     report = json.loads(result.stdout)
-    assert list(report["faithfulness"]) == ["one", "two", "no_sizes", "held_out", "ceiling", "shuffled"]
+    assert list(report["faithfulness"]) == ["one", "two", "no_colours", "held_out", "ceiling", "shuffled"]
     assert (
         report["captions"] == 512
         and "seed" in report

@@ -7,34 +7,35 @@ import torch
 from torch import Tensor
 
 from ldm_edu.datasets.captions import SAME_SIZE, Thing
-from ldm_edu.datasets.shapes import ShapeScenes
-from ldm_edu.evaluation.faithfulness import GROUPS, faithfulness, wanted_things, without_sizes
+from ldm_edu.datasets.shapes import COLOUR_NAMES, ShapeScenes
+from ldm_edu.evaluation.faithfulness import GROUPS, faithfulness, wanted_things
 from ldm_edu.runtime import UserError
 
 COUNT, SEED = 10, 3
-OTHER = {"small": "large", "large": "small"}
+OTHER = {"small": "large", "large": "small"} | dict(zip(COLOUR_NAMES, COLOUR_NAMES[1:] + COLOUR_NAMES[:1], strict=True))
+SIDES = {"above", "below", "left", "right"}
 SIZE_WORDS = {word for words in SAME_SIZE.values() for word in words}
 
 
 class Painter:
-    """Stands in for a model: it paints the scene that a caption is of, or for some groups that of its neighbour."""
+    """Stands in for a model: it paints the scene that it is asked for, or in some groups that of its neighbour."""
 
     device = torch.device("cpu")
 
     def __init__(self, *confused: str) -> None:
-        self.pictures: dict[str, Tensor] = {}
-        self.calls: list[dict] = []
-        for group, arguments in GROUPS.items():
-            scenes = ShapeScenes(64, count=COUNT, seed=SEED, **arguments)
-            texts = scenes.captions(range(COUNT), full=True)
-            if group == "no_sizes":
-                texts = without_sizes(wanted_things(scenes))
-            images = scenes.images(range(COUNT)).roll(int(group in confused), dims=0)
-            self.pictures |= dict(zip(texts, images, strict=True))
+        self.confused, self.calls = confused, []
 
     def sample(self, prompts: list[str], **options: object) -> Tensor:
         self.calls.append({"prompts": prompts} | options)
-        return torch.stack([self.pictures[prompt] for prompt in prompts])
+        seen = sum(len(call["prompts"]) for call in self.calls) - len(prompts)
+        group = list(GROUPS)[seen // COUNT]
+        scenes = ShapeScenes(64, count=COUNT, seed=SEED, **GROUPS[group])
+        return scenes.images(range(COUNT)).roll(int(group in self.confused), dims=0)[options["seeds"]]
+
+    def said(self) -> dict[str, list[str]]:
+        """The captions of each group."""
+        texts = [prompt for call in self.calls for prompt in call["prompts"]]
+        return {group: texts[COUNT * k : COUNT * (k + 1)] for k, group in enumerate(GROUPS)}
 
     def to_latent(self, images: Tensor) -> Tensor:
         return images / 2
@@ -46,7 +47,7 @@ class Painter:
 def test_each_group_is_counted():
     painter, seen = Painter(), []
     report = faithfulness(painter, COUNT, SEED, num_steps=7, guidance_scale=2.0, batch_size=4, on_progress=seen.append)
-    shares = dict.fromkeys(("one", "two", "no_sizes", "held_out", "ceiling"), 1.0) | {"shuffled": 0.0}
+    shares = dict.fromkeys((*GROUPS, "ceiling"), 1.0) | {"shuffled": 0.0}
     assert report == {"faithfulness": shares, "captions": COUNT, "seed": SEED}
     assert sum(seen) == len(GROUPS) * COUNT and {len(call["prompts"]) for call in painter.calls} == {4, 2}
     assert all(call["num_steps"] == 7 and call["guidance_scale"] == 2 for call in painter.calls)
@@ -60,24 +61,38 @@ def test_a_wrong_picture_counts_in_its_group_alone(group: str):
     assert all(shares[other] == 1 for other in GROUPS if other != group)
 
 
-def test_sizes_are_open_where_the_caption_names_none(monkeypatch: pytest.MonkeyPatch):
-    def of_other_sizes(scenes: ShapeScenes) -> list[tuple[Thing, ...]]:
-        return [tuple(t._replace(size=OTHER[t.size]) for t in things) for things in wanted_things(scenes)]
+@pytest.mark.parametrize("attribute", ["size", "colour"])
+def test_what_a_caption_leaves_open_is_open(monkeypatch: pytest.MonkeyPatch, attribute: str):
+    """Pictures in which every size, or every colour, is another one are right where no caption said it."""
 
-    painter = Painter()
-    monkeypatch.setattr("ldm_edu.evaluation.faithfulness.wanted_things", of_other_sizes)
+    def of_another(scenes: ShapeScenes) -> list[tuple[Thing, ...]]:
+        return [
+            tuple(t._replace(**{attribute: OTHER[getattr(t, attribute)]}) for t in things)
+            for things in wanted_things(scenes)
+        ]
+
+    painter, group = Painter(), f"no_{attribute}s"
+    monkeypatch.setattr("ldm_edu.evaluation.faithfulness.wanted_things", of_another)
     shares = faithfulness(painter, COUNT, SEED)["faithfulness"]
-    assert [name for name, share in shares.items() if share] == ["no_sizes"] and shares["no_sizes"] == 1
+    assert [name for name, share in shares.items() if share] == [group]
+    alike = [len({t.shape for t in things}) == 1 for things in scenes_of(group)]
+    assert shares[group] == 1 - (sum(alike) / COUNT if attribute == "colour" else 0)
 
 
-def test_captions_without_sizes_say_all_the_rest():
-    things = wanted_things(ShapeScenes(64, count=70, seed=SEED, objects=(2, 2)))
-    captions = without_sizes(things)
-    for caption, pair in zip(captions, things, strict=True):
-        words = re.findall(r"\w+", caption)
-        assert not SIZE_WORDS & set(words) and all(f"{t.colour} {t.shape}" in caption for t in pair)
-        assert {"above", "below", "left", "right"} & set(words)
-    assert {"there", "and", "picture"} <= set(" ".join(captions).split())  # every phrasing
+def scenes_of(group: str) -> list[tuple[Thing, ...]]:
+    return wanted_things(ShapeScenes(64, count=COUNT, seed=SEED, **GROUPS[group]))
+
+
+def test_captions_that_leave_something_open_say_all_the_rest():
+    painter = Painter()
+    faithfulness(painter, COUNT, SEED)
+    for group, captions in painter.said().items():
+        for caption, things in zip(captions, scenes_of(group), strict=True):
+            words = set(re.findall(r"\w+", caption))
+            named = group != "no_colours" or len({t.shape for t in things}) == 1
+            assert {t.shape for t in things} <= words and len(things) == 1 or SIDES & words
+            assert words & set(COLOUR_NAMES) == ({t.colour for t in things} if named else set()), caption
+            assert bool(words & SIZE_WORDS) == (group != "no_sizes")
 
 
 def test_refused():

@@ -132,7 +132,9 @@ def test_a_reading_agrees_with_its_scene_only():
         (star._replace(y=0.9), circle), (star._replace(x=0.1, y=0.6), circle),
     ]  # fmt: skip
     assert not [things for things in others if agrees(reading, things)]
-    assert [things for things in others if agrees(reading, things, sizes=False)] == [others[5]]
+    for attribute, right in (("size", [5]), ("colour", [4]), ("shape", [3])):
+        opened = [tuple(t._replace(**{attribute: None}) for t in things) for things in others]
+        assert [i for i, things in enumerate(opened) if agrees(reading, things)] == right
 
 
 def picture_of(*things: Thing) -> Tensor:

@@ -1,6 +1,7 @@
 """ShapeScenes: a pure function of (seed, index), and conditions that all tell the same truth."""
 
 import re
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -21,7 +22,7 @@ from ldm_edu.datasets.shapes import (
 )
 from ldm_edu.runtime import UserError
 
-NOUN = re.compile(rf"(?:(small|little|large|big) )?({'|'.join(COLOUR_NAMES)}) ({'|'.join(SHAPE_NAMES)})")
+NOUN = re.compile(rf"(?:(small|little|large|big) )?(?:({'|'.join(COLOUR_NAMES)}) )?({'|'.join(SHAPE_NAMES)})\b")
 SIDE = re.compile(r"\b(?:above|below|(?:to the )?(left|right) of)\b")
 SYNONYM = {"small": "small", "little": "small", "large": "large", "big": "large"}
 
@@ -169,27 +170,37 @@ def test_the_inpainting_mask_is_a_rectangle(many: ShapeScenes):
 @pytest.mark.parametrize("full", [True, False])
 def test_captions_say_what_the_scene_shows(many: ShapeScenes, full: bool):
     scenes, known = many.scenes(range(len(many))), set(vocabulary(SHAPE_NAMES, COLOUR_NAMES))
-    phrasings, without_sizes = set(), 0
+    phrasings, without_sizes, without_colours = set(), 0, Counter()
     for i, caption in enumerate(many.captions(range(len(many)), full=full)):
-        things = {(t.colour, t.shape): t for t in scenes.things(i)}
+        things = set(scenes.things(i))
         assert len(things) == scenes.count[i]
         assert set(re.findall(r"\w+|[^\w\s]", caption)) <= known
         assert not re.search(r"\ba [aeiou]|\ban [^aeiou]|  |^ | $| ,", caption)
         nouns = list(NOUN.finditer(caption))
-        assert {m.group(2, 3) for m in nouns} == set(things)
-        sizes = {m.group(2, 3): SYNONYM[m[1]] for m in nouns if m[1]}
-        assert sizes == {pair: t.size for pair, t in things.items()} or (not full and not sizes)
+        meant = {m: [t for t in things if t.shape == m[3] and m[2] in (None, t.colour)] for m in nouns}
+        assert {len(found) for found in meant.values()} == {1}, "a noun that could be two things, or none"
+        meant = {m: found[0] for m, found in meant.items()}
+        assert set(meant.values()) == things
+        sizes = {t: SYNONYM[m[1]] for m, t in meant.items() if m[1]}
+        assert sizes == {t: t.size for t in things} or (not full and not sizes)
         without_sizes += not sizes
+        coloured = {t for m, t in meant.items() if m[2]}
+        assert coloured.isdisjoint(t for m, t in meant.items() if not m[2]), "with its colour in one place only"
+        without_colours[len(things), len(things - coloured)] += 1
         sides = list(SIDE.finditer(caption))
         assert len(sides) == len(things) - 1
         for side in sides:
             subject = [m for m in nouns if m.end() <= side.start()][-1]
             other = [m for m in nouns if m.start() >= side.end()][0]
             said = f"{side[1]} of" if side[1] else side[0]
-            assert relation(things[subject.group(2, 3)], things[other.group(2, 3)]) == said, caption
+            assert relation(meant[subject], meant[other]) == said, caption
         phrasings.add(SIDE.sub("SIDE", NOUN.sub("NOUN", re.sub(r"\ban?\b", "A", caption))))
     assert len(phrasings) >= 10
     assert without_sizes == 0 if full else 0.15 < without_sizes / len(many) < 0.25
+    # (objects, those without a colour): how often
+    some = Counter({key: n for key, n in without_colours.items() if key[1]})
+    assert set(some) == (set() if full else {(1, 1), (2, 1), (2, 2), (3, 1), (3, 2), (3, 3)})
+    assert full or 0.14 < some.total() / len(many) < 0.2, "one in five, unless a shape is there twice"
 
 
 def test_the_vocabulary_holds_no_word_in_vain(many: ShapeScenes):

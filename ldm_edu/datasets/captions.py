@@ -12,11 +12,11 @@ SAME_SIDE = {"left of": ("left of", "to the left of"), "right of": ("right of", 
 
 
 class Thing(NamedTuple):
-    """An object of a scene by name, its centre in units of the picture's side (y down)."""
+    """An object of a scene by name, its centre in units of the picture's side (y down); None is left open."""
 
     shape: str
-    colour: str
-    size: str
+    colour: str | None
+    size: str | None
     x: float
     y: float
 
@@ -51,18 +51,24 @@ def describe(things: Sequence[Thing], words: Sequence[int], full: bool = False) 
 
     Args:
         words: four integers that choose the phrasing and the words; equal integers, equal caption.
-        full: name every size. Otherwise one caption in five leaves the sizes out.
+        full: name every size and colour. Otherwise one caption in five leaves the sizes out, and one in five some of
+            the colours or all; see `leave_open`.
     """
     phrasing, size_word, side_word, short = words
-    sizes = full or short % 5 != 0
+    if not full:
+        some = short // 25 % (2 ** len(things) - 1) + 1 if short // 5 % 5 == 0 else 0
+        things = leave_open(things, sizes=short % 5 == 0, colours=some)
+
+    def named(*words: str | None) -> str:
+        return " ".join(word for word in words if word)
 
     def side(name: str) -> str:
         options = SAME_SIDE.get(name, (name,))
         return options[side_word % len(options)]
 
     def noun(thing: Thing, article: bool = True) -> str:
-        size = SAME_SIZE[thing.size][size_word % 4] + " " if sizes else ""
-        name = f"{size}{thing.colour} {thing.shape}"
+        size = thing.size and SAME_SIZE[thing.size][size_word % 4]
+        name = named(size, thing.colour, thing.shape)
         return f"{'an' if name[0] in 'aeiou' else 'a'} {name}" if article else name
 
     templates = (ONE, TWO, THREE)[len(things) - 1]
@@ -71,7 +77,7 @@ def describe(things: Sequence[Thing], words: Sequence[int], full: bool = False) 
         slots |= {
             letter: noun(thing),
             letter + "1": noun(thing, article=False),
-            letter + "2": f"{thing.colour} {thing.shape}",
+            letter + "2": named(thing.colour, thing.shape),
         }
     if len(things) > 1:
         ab = relation(things[0], things[1])
@@ -79,6 +85,18 @@ def describe(things: Sequence[Thing], words: Sequence[int], full: bool = False) 
     if len(things) > 2:
         slots |= {"cb": side(relation(things[2], things[1]))}
     return templates[phrasing % len(templates)].format(**slots)
+
+
+def leave_open(things: Sequence[Thing], sizes: bool = False, colours: int = 0) -> tuple[Thing, ...]:
+    """The same objects with None for their sizes, and for the colour of object k where bit k of `colours` is set.
+
+    If two have the same shape, all colours stay: without them nobody could say which is meant."""
+    if len({thing.shape for thing in things}) < len(things):
+        colours = 0
+    return tuple(
+        t._replace(size=None if sizes else t.size, colour=None if colours >> k & 1 else t.colour)
+        for k, t in enumerate(things)
+    )
 
 
 def vocabulary(shapes: Sequence[str], colours: Sequence[str]) -> list[str]:

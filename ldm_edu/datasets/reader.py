@@ -7,6 +7,7 @@ must be sharp and agree with one of the eight shapes.
 
 from __future__ import annotations
 
+from itertools import pairwise, permutations
 from typing import NamedTuple
 
 import numpy as np
@@ -76,23 +77,19 @@ def read_scene(image: Tensor) -> Reading:
     return read_scenes(image[None])[0]
 
 
-def agrees(reading: Reading, wanted: tuple[Thing, ...], sizes: bool = True) -> bool:
-    """Whether a reading shows exactly these objects, and the relation of each to the next; `sizes` can be left open."""
-    if len(reading.things) != len(wanted):
-        return False
+def agrees(reading: Reading, wanted: tuple[Thing, ...]) -> bool:
+    """Whether a reading shows exactly these objects, and the relation of each to the next.
 
-    def key(thing: Thing) -> tuple[str, ...]:
-        return (thing.shape, thing.colour, thing.size)[: 3 if sizes else 2]
+    A name of None is left open."""
 
-    found = {key(t): t for t in reading.things}
-    try:
-        ordered = [found[key(t)] for t in wanted]
-    except KeyError:
-        return False
-    if len({id(t) for t in ordered}) != len(wanted):
-        return False
-    pairs = list(zip(range(len(wanted)), range(1, len(wanted)), strict=False))
-    return all(relation(ordered[a], ordered[b]) == relation(wanted[a], wanted[b]) for a, b in pairs)
+    def is_one(found: Thing, thing: Thing) -> bool:
+        return all(word in (None, seen) for seen, word in zip(found[:3], thing[:3], strict=True))
+
+    def shows(found: tuple[Thing, ...]) -> bool:
+        sides = zip(pairwise(found), pairwise(wanted), strict=True)
+        return all(map(is_one, found, wanted)) and all(relation(*seen) == relation(*said) for seen, said in sides)
+
+    return len(reading.things) == len(wanted) and any(map(shows, permutations(reading.things)))
 
 
 class _Refused(Exception):

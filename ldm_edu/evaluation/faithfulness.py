@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ldm_edu.datasets.captions import Thing, describe
+from ldm_edu.datasets.captions import Thing, describe, leave_open
 from ldm_edu.datasets.reader import agrees, read_scenes
 from ldm_edu.datasets.shapes import ShapeScenes
 from ldm_edu.pipeline import LatentDiffusion
@@ -16,9 +16,12 @@ from ldm_edu.runtime import UserError, batches, has_fast_bfloat16, progress
 GROUPS = {
     "one": dict(objects=(1, 1)),
     "two": dict(objects=(2, 2)),
+    "three": dict(objects=(3, 3)),
     "no_sizes": dict(objects=(2, 2)),
+    "no_colours": dict(objects=(2, 2)),
     "held_out": dict(objects=(1, 1), held_out="only"),
 }
+OPEN = {"no_sizes": dict(sizes=True), "no_colours": dict(colours=0b11)}  # what the captions do not say
 
 
 def faithfulness(
@@ -32,10 +35,10 @@ def faithfulness(
 ) -> dict[str, object]:
     """The share of samples with every object, colour, shape, size and relation as in the caption.
 
-    Scenes come from a seed that training never used. Beside "one" and "two" objects, two objects of any size
-    ("no_sizes": the captions name none) and pairs of shape and colour that training left out ("held_out") stand the
-    "ceiling" (true pictures of two objects, through the first stage and back) and "shuffled" (the samples of "two"
-    against each other's captions: chance).
+    Scenes come from a seed that training never used. Beside "one", "two" and "three" objects, two whose sizes or
+    colours the captions leave open ("no_sizes", "no_colours") and pairs of shape and colour that training left out
+    ("held_out") stand the "ceiling" (true pictures of two objects, through the first stage and back) and "shuffled"
+    (the samples of "two" against each other's captions: chance).
 
     Args:
         captions: how many in each group.
@@ -56,20 +59,22 @@ def faithfulness(
     shares: dict[str, float] = {}
     for group, arguments in GROUPS.items():
         scenes = ShapeScenes(64, count=captions, seed=seed, **arguments)
-        wanted, sizes = wanted_things(scenes), group != "no_sizes"
-        texts = scenes.captions(range(captions), full=True) if sizes else without_sizes(wanted)
+        wanted, texts = wanted_things(scenes), scenes.captions(range(captions), full=True)
+        if group in OPEN:
+            wanted = [leave_open(things, **OPEN[group]) for things in wanted]
+            texts = [describe(things, (i, 0, i, 0), full=True) for i, things in enumerate(wanted)]
         images = []
         for part in batches(captions, batch_size):
             seeds = list(range(part.start, part.stop))
             images.append(model.sample(texts[part], seeds=seeds, **options))
             if on_progress:
                 on_progress(len(seeds))
-        shares[group] = share(torch.cat(images), wanted, sizes)
+        shares[group] = share(torch.cat(images), wanted)
         if group == "two":
             shares["shuffled"] = share(torch.cat(images), wanted[1:] + wanted[:1])
             shares["ceiling"] = share(_reconstructed(model, scenes), wanted)
-    order = ("one", "two", "no_sizes", "held_out", "ceiling", "shuffled")
-    return {"faithfulness": {name: shares[name] for name in order}, "captions": captions, "seed": seed}
+    in_order = {name: shares[name] for name in (*GROUPS, "ceiling", "shuffled")}
+    return {"faithfulness": in_order, "captions": captions, "seed": seed}
 
 
 def evaluate(model: LatentDiffusion, captions: int = 512, seed: int = 1) -> dict[str, object]:
@@ -86,14 +91,9 @@ def wanted_things(scenes: ShapeScenes) -> list[tuple[Thing, ...]]:
     return [drawn.things(i) for i in range(len(scenes))]
 
 
-def without_sizes(wanted: list[tuple[Thing, ...]]) -> list[str]:
-    """A caption for each scene that leaves the sizes to the model, in every phrasing in turn."""
-    return [describe(things, (i, 0, i, 0)) for i, things in enumerate(wanted)]
-
-
-def share(images: Tensor, wanted: list[tuple[Thing, ...]], sizes: bool = True) -> float:
-    """The share of pictures in which everything is read as wanted, the sizes too unless they are left open."""
-    right = [agrees(reading, things, sizes) for reading, things in zip(read_scenes(images), wanted, strict=True)]
+def share(images: Tensor, wanted: list[tuple[Thing, ...]]) -> float:
+    """The share of pictures in which everything is read as wanted."""
+    right = [agrees(reading, things) for reading, things in zip(read_scenes(images), wanted, strict=True)]
     return round(sum(right) / len(right), 4)
 
 

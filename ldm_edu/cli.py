@@ -261,11 +261,11 @@ def evaluate(
     if data is not None:
         _refuse(f"{names[0]} is a text model, measured on captions of its own: leave out --data.")
 
-    from ldm_edu.evaluation.faithfulness import evaluate as faithfulness
+    from ldm_edu.evaluation.faithfulness import faithfulness
     from ldm_edu.pipeline import LatentDiffusion
 
     result = faithfulness(LatentDiffusion.load(names[0]), captions=captions, seed=seed)
-    words = [f"{group:>9} {share:6.1%}" for group, share in result["faithfulness"].items()]
+    words = [f"{group:>10} {share:6.1%}" for group, share in result["faithfulness"].items()]
     words.append(f"{result['captions']} captions a group, seed {result['seed']}")
     typer.echo(json.dumps(result, allow_nan=False) if as_json else "\n".join(words))
 

@@ -104,7 +104,7 @@ def test_reconstruct_refuses_an_altered_checkpoint(models: SimpleNamespace, here
 
 
 def test_the_stand_in_below_is_called_as_the_real_one():
-    inspect.signature(faithfulness.evaluate).bind(object(), captions=512, seed=1)
+    inspect.signature(faithfulness.faithfulness).bind(object(), captions=512, seed=1)
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def faithful(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
         calls.append(options)
         return {"faithfulness": shares, **options}
 
-    monkeypatch.setitem(sys.modules, "ldm_edu.evaluation.faithfulness", SimpleNamespace(evaluate=evaluate))
+    monkeypatch.setitem(sys.modules, "ldm_edu.evaluation.faithfulness", SimpleNamespace(faithfulness=evaluate))
     return calls
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -31,7 +29,6 @@ def faithfulness(
     num_steps: int = 25,
     guidance_scale: float = 3.0,
     batch_size: int = 64,
-    on_progress: Callable[[int], None] | None = None,
 ) -> dict[str, object]:
     """The share of samples with every object, colour, shape, size and relation as in the caption.
 
@@ -42,7 +39,6 @@ def faithfulness(
 
     Args:
         captions: how many in each group.
-        on_progress: called with the number of pictures that each batch adds.
 
     Returns:
         {"faithfulness": {group: share}, "captions": captions, "seed": seed}
@@ -57,6 +53,7 @@ def faithfulness(
     precision = "bfloat16" if has_fast_bfloat16(model.device) else "float32"
     options = dict(num_steps=num_steps, guidance_scale=guidance_scale, precision=precision)
     shares: dict[str, float] = {}
+    bar = progress(total=len(GROUPS) * captions, desc="sampling")
     for group, arguments in GROUPS.items():
         scenes = ShapeScenes(64, count=captions, seed=seed, **arguments)
         wanted, texts = wanted_things(scenes), scenes.captions(range(captions), full=True)
@@ -67,22 +64,14 @@ def faithfulness(
         for part in batches(captions, batch_size):
             seeds = list(range(part.start, part.stop))
             images.append(model.sample(texts[part], seeds=seeds, **options))
-            if on_progress:
-                on_progress(len(seeds))
+            bar.update(len(seeds))
         shares[group] = share(torch.cat(images), wanted)
         if group == "two":
             shares["shuffled"] = share(torch.cat(images), wanted[1:] + wanted[:1])
             shares["ceiling"] = share(_reconstructed(model, scenes), wanted)
+    bar.close()
     in_order = {name: shares[name] for name in (*GROUPS, "ceiling", "shuffled")}
     return {"faithfulness": in_order, "captions": captions, "seed": seed}
-
-
-def evaluate(model: LatentDiffusion, captions: int = 512, seed: int = 1) -> dict[str, object]:
-    """`faithfulness` with a progress bar."""
-    bar = progress(total=len(GROUPS) * captions, desc="sampling")
-    result = faithfulness(model, captions, seed, on_progress=bar.update)
-    bar.close()
-    return result
 
 
 def wanted_things(scenes: ShapeScenes) -> list[tuple[Thing, ...]]:

@@ -33,9 +33,9 @@ def faithfulness(
     """The share of samples with every object, colour, shape, size and relation as in the caption.
 
     Scenes come from a seed that training never used. Beside "one", "two" and "three" objects, two whose sizes or
-    colours the captions leave open ("no_sizes", "no_colours") and pairs of shape and colour that training left out
-    ("held_out") stand the "ceiling" (true pictures of two objects, through the first stage and back) and "shuffled"
-    (the samples of "two" against each other's captions: chance).
+    colours the captions leave open ("no_sizes"; "no_colours", unless both have one shape) and pairs of shape and
+    colour that training left out ("held_out") stand the "ceiling" (true pictures of two objects, through the first
+    stage and back) and "shuffled" (the samples of "two" against each other's captions: chance).
 
     Args:
         captions: how many in each group.

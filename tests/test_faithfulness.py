@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ldm_edu.datasets.captions import SAME_SIZE, Thing
 from ldm_edu.datasets.shapes import COLOUR_NAMES, ShapeScenes
-from ldm_edu.evaluation.faithfulness import GROUPS, faithfulness, wanted_things
+from ldm_edu.evaluation.faithfulness import GROUPS, OPEN, faithfulness, wanted_things
 from ldm_edu.runtime import UserError
 
 COUNT, SEED = 10, 3
@@ -90,9 +90,12 @@ def test_captions_that_leave_something_open_say_all_the_rest():
         for caption, things in zip(captions, scenes_of(group), strict=True):
             words = set(re.findall(r"\w+", caption))
             named = group != "no_colours" or len({t.shape for t in things}) == 1
-            assert {t.shape for t in things} <= words and len(things) == 1 or SIDES & words
+            assert all((f"{t.colour} " if named else "") + t.shape in caption for t in things), caption
+            assert len(things) == 1 or SIDES & words
             assert words & set(COLOUR_NAMES) == ({t.colour for t in things} if named else set()), caption
             assert bool(words & SIZE_WORDS) == (group != "no_sizes")
+        if group in OPEN:
+            assert {"there", "and", "picture"} <= set(" ".join(captions).split())  # every phrasing
 
 
 def test_refused():

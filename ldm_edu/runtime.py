@@ -88,7 +88,7 @@ class PictureNoise:
             if not all(0 <= number < 2**32 for number in numbers):
                 raise ValueError("out of range")
         except (TypeError, ValueError) as error:
-            raise UserError(f"Seeds are integers from 0 to 2**32 - 1; they are {list(seeds)}.") from error
+            raise UserError(f"Seeds are integers from 0 to 2**32 - 1; they are {seeds}.") from error
         self.generators = [torch.Generator().manual_seed(number) for number in numbers]
 
     def __call__(self, shape_of_one: Sequence[int]) -> Tensor:

@@ -1,5 +1,6 @@
 """DDIM and DDPM against diffusers' step by step, guidance, and an oracle whose samples are known."""
 
+from collections.abc import Callable
 from itertools import pairwise
 from types import ModuleType
 
@@ -153,6 +154,49 @@ def test_half_precision_is_that_of_latents_and_not_of_noise_levels(sampler, pred
     assert (ends[1].float() - ends[0]).square().mean().sqrt() < 0.1
 
 
+@pytest.mark.parametrize("sampler", [ddim, ddpm, plms, dpm_solver])
+def test_many_small_steps_are_not_lost_in_half_precision(sampler):
+    """1000 steps, each of which moves the latent by less than bfloat16 can tell; what the denoiser sees is rounded."""
+    own, world, start = schedule(), GaussianMixture(torch.zeros(1, 2, 4, 4), 0.5), normal(2, 2, 4, 4)
+    seen, ends = set(), []
+
+    def denoiser(z: Tensor, t: Tensor) -> Tensor:
+        seen.add(z.dtype)
+        return world.denoiser(own.alphas_cumprod)(z, t)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        draw = {"draw": Draws()} if sampler is ddpm else {}
+        *_, end = sampler(denoiser, start.to(dtype), own.alphas_cumprod, range(999, -1, -1), **draw)
+        ends.append(end.z.float())
+        assert seen == {dtype} and end.z.dtype == end.z0.dtype == dtype
+        seen.clear()
+    assert (ends[1] - ends[0]).square().mean().sqrt() < 0.01
+
+
+@pytest.mark.parametrize("sampler", [ddim, ddpm, plms, dpm_solver])
+@pytest.mark.parametrize("answer", [lambda z: z[:1], lambda z: z[:, :1], lambda z: torch.cat([z, z], 1)])
+def test_an_answer_of_another_shape_is_refused(sampler, answer: Callable[[Tensor], Tensor]):
+    draw = {"draw": Draws()} if sampler in (ddim, ddpm) else {}
+    with pytest.raises(UserError, match=r"shape of z, \(2, 3, 4, 4\); its answer is \([12], [136], 4, 4\)"):
+        next(sampler(lambda z, _: answer(z), normal(2, 3, 4, 4), schedule().alphas_cumprod, [999, 499], **draw))
+
+
+@pytest.mark.parametrize("sampler", [ddim, ddpm, plms, dpm_solver])
+def test_what_is_no_schedule_and_no_index_is_named(sampler):
+    draw = {"draw": Draws()} if sampler in (ddim, ddpm) else {}
+    levels = schedule().alphas_cumprod
+    for given, words in (
+        ((Schedule(), [999]), "a schedule's .alphas_cumprod; this is .*Schedule"),
+        ((levels.tolist(), [999]), r"alphas_cumprod is a tensor \(T,\)"),
+        ((levels, ["999"]), "integers.*'str'"),
+        ((levels, [999.0]), "integers.*'float'"),
+    ):
+        with pytest.raises(UserError, match=words):
+            next(sampler(Network(), normal(2, 3, 4, 4), *given, **draw))
+    with pytest.raises(UserError, match="stop are integers.*'float'"):
+        next(sampler(Network(), normal(2, 3, 4, 4), levels, [999], stop=0.0, **draw))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_noise_is_added_in_half_precision(dtype: torch.dtype):
     own, t = schedule(), torch.arange(20)
@@ -164,7 +208,8 @@ def test_noise_is_added_in_half_precision(dtype: torch.dtype):
 
 def test_samplers_that_add_noise_ask_where_from():
     common = (Network(), normal(2, 3, 4, 4), schedule().alphas_cumprod, [999, 499])
-    for stream in (ddim(*common, eta=0.3), ddpm(*common)):
+    generator = torch.Generator()
+    for stream in (ddim(*common, eta=0.3), ddpm(*common), ddpm(*common, draw=generator)):
         with pytest.raises(UserError, match="draw"):
             next(stream)
     with pytest.raises(UserError, match="'learned'"):

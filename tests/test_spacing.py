@@ -80,6 +80,12 @@ def test_an_unknown_spacing_is_named():
         spaced_timesteps(1000, 10, "linspace")
 
 
+@pytest.mark.parametrize("timesteps", [[-1, 3], [3, 1000], [3, 3], []])
+def test_respacing_takes_different_timesteps_of_the_schedule(timesteps: list[int]):
+    with pytest.raises(UserError, match="different integers between 0 and 999"):
+        respaced_betas(Schedule().alphas_cumprod, timesteps)
+
+
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("variance", ["posterior", "beta"])
 def test_a_subset_is_all_of_the_respaced_schedule(

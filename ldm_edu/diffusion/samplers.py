@@ -6,13 +6,14 @@ A sampler takes any denoiser `(z, t) -> prediction`; conditions and guidance are
 What all of them take:
     denoiser: called with `z` and the timestep `t` (B,), an index into `alphas_cumprod`.
     noise: `(B, c, h, w)`, the start.
-    alphas_cumprod: `(T,)` of the schedule, or of any other sequence that falls as the index rises. So a schedule
-        in continuous time is one too: give the levels that the steps are to visit, and index them.
+    alphas_cumprod: `(T,)`, the schedule's, or any other tensor that falls as the index rises. So a schedule in
+        continuous time is one too: give the levels that the steps are to visit, and index them.
     timesteps: falling indices into it, at least one, where the denoiser is called.
     prediction: what the denoiser answers, "eps", "x0" or "v".
     stop: the index of the level where the last step ends; -1, as everywhere, is the clean latent.
-All raise UserError for timesteps that are no indices or do not fall, and for a first ᾱ of 0 (no signal at all), which
-suits "x0" and "v" but neither "eps" nor PLMS. Latents in half precision keep theirs; in between it is single.
+All raise UserError for timesteps that are no indices or do not fall, for an answer that is not of z's shape, and for a
+first ᾱ of 0 (no signal at all), which suits "x0" and "v" but neither "eps" nor PLMS. Where latents are in half
+precision, the denoiser sees them so and the steps hold them so; in between, from step to step, it is single.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import math
 import operator
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -46,6 +48,19 @@ class Step(NamedTuple):
     z0: Tensor
 
 
+def _in_single(sampler: Callable[..., Iterator[Step]]) -> Callable[..., Iterator[Step]]:
+    """The sampler for latents in half precision, too: rounded between steps, many small ones would be lost."""
+
+    @wraps(sampler)
+    def run(denoiser: Denoiser, noise: Tensor, *args: object, **arguments: object) -> Iterator[Step]:
+        exact = torch.promote_types(noise.dtype, torch.float32)
+        steps = sampler(lambda z, t: denoiser(z.to(noise.dtype), t), noise.to(exact), *args, **arguments)
+        return (Step(t, z.to(noise.dtype), z0.to(noise.dtype)) for t, z, z0 in steps)
+
+    return run
+
+
+@_in_single
 def ddim(
     denoiser: Denoiser,
     noise: Tensor,
@@ -64,7 +79,7 @@ def ddim(
     """
     if not 0 <= eta <= 1:
         raise UserError(f"eta lies between 0 (deterministic) and 1 (ancestral); it is {eta}.")
-    if eta > 0 and draw is None:
+    if eta > 0 and not callable(draw):
         raise UserError(f"With eta = {eta} each step adds noise: say where it comes from (draw=...).")
     z = z0 = noise
     for t, now, following in _levels(alphas_cumprod, timesteps, stop, prediction):
@@ -78,6 +93,7 @@ def ddim(
     yield Step(stop, z, z if stop < 0 else z0)
 
 
+@_in_single
 def ddpm(
     denoiser: Denoiser,
     noise: Tensor,
@@ -94,7 +110,7 @@ def ddpm(
         variance: "posterior" for β̃_t, "beta" for β_t, the two choices of Ho et al. (section 3.2).
         draw: as in `ddim`.
     """
-    if draw is None:
+    if not callable(draw):
         raise UserError("Ancestral sampling adds noise at each step: say where it comes from (draw=...).")
     if variance not in ("posterior", "beta"):
         raise UserError(f"The variance is 'posterior' or 'beta', not {variance!r}.")
@@ -121,6 +137,7 @@ ADAMS_BASHFORTH = {
 }
 
 
+@_in_single
 def plms(
     denoiser: Denoiser,
     noise: Tensor,
@@ -137,7 +154,7 @@ def plms(
     are mixed whatever the network predicts.
 
     It wants small steps: a mix of four noises overshoots and swings where a step takes more than 2 / (1 + 20 κ / 3)
-    of the noise left, with κ = 1 without guidance and up to 3 at guidance 3 (notebook 07, section 7). On
+    of the noise left, with κ = 1 without guidance and 1.4 to 3.4 at guidance 3 (notebook 07, section 7). On
     `shapes-text`, at guidance 3, 8 steps drew next to nothing that was asked for, 25 were as good as DDIM's.
     """
     z = z0 = noise
@@ -156,6 +173,7 @@ def plms(
     yield Step(stop, z, z if stop < 0 else z0)
 
 
+@_in_single
 def dpm_solver(
     denoiser: Denoiser,
     noise: Tensor,
@@ -203,6 +221,10 @@ def clean_and_noise(
 ) -> tuple[Tensor, Tensor]:
     """Ask the denoiser: the clean latent and the noise that it sees in z, whose ᾱ is `level`."""
     output = denoiser(z, torch.full((len(z),), t, device=z.device))
+    if output.shape != z.shape:
+        raise UserError(
+            f"The denoiser must answer in the shape of z, {tuple(z.shape)}; its answer is {tuple(output.shape)}."
+        )
     exact = torch.promote_types(z.dtype, torch.float32)  # half precision would round an ᾱ of nearly 1 to 1
     z0, noise = split_prediction(prediction, output.to(exact), z.to(exact), torch.tensor(level, dtype=exact))
     return z0.to(z.dtype), noise.to(z.dtype)
@@ -212,10 +234,13 @@ def _levels(
     alphas_cumprod: Tensor, timesteps: Sequence[int], stop: int, prediction: str
 ) -> list[tuple[int, float, float]]:
     """Each timestep with its ᾱ, and the ᾱ that its step leads to; the last step leads to `stop`'s, or to 1."""
+    if not isinstance(alphas_cumprod, Tensor):
+        raise UserError(f"alphas_cumprod is a tensor (T,), a schedule's .alphas_cumprod; this is {alphas_cumprod!r}.")
     try:
-        timesteps, last = [operator.index(t) for t in timesteps], len(alphas_cumprod) - 1
+        timesteps, stop = [operator.index(t) for t in timesteps], operator.index(stop)
     except TypeError as error:
-        raise UserError(f"Timesteps are integers, indices into alphas_cumprod, but {error}.") from error
+        raise UserError(f"Timesteps and stop are integers, indices into alphas_cumprod, but {error}.") from error
+    last = len(alphas_cumprod) - 1
     if not timesteps or not 0 <= min(timesteps) <= max(timesteps) <= last or not -1 <= stop <= last:
         raise UserError(
             f"There must be at least one timestep, all between 0 and {last}, and stop between -1 and {last}; "

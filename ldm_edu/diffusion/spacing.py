@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 
 import numpy as np
 import torch
@@ -27,8 +28,8 @@ def spaced_timesteps(T: int, num_steps: int, spacing: str = "trailing") -> list[
     Raises:
         UserError: a number of steps outside 1 .. T, or an unknown spacing.
     """
-    if not (1 <= num_steps <= T and num_steps == int(num_steps)):
-        raise UserError(f"The number of steps is an integer between 1 and {T}; it is {num_steps}.")
+    if not (isinstance(num_steps, Real) and 1 <= num_steps <= T and num_steps == int(num_steps)):
+        raise UserError(f"The number of steps is an integer between 1 and {T}; it is {num_steps!r}.")
     num_steps = int(num_steps)
     if spacing == "trailing":
         return [round(T * (1 - i / num_steps)) - 1 for i in range(num_steps)]
@@ -56,6 +57,12 @@ def respaced_betas(alphas_cumprod: Tensor, timesteps: Sequence[int]) -> Tensor:
 
     Returns:
         `(len(timesteps),)`, the cleanest first.
+
+    Raises:
+        UserError: timesteps outside 0 .. T-1, or twice the same. (A step's t = -1, the clean latent, is none.)
     """
-    levels = alphas_cumprod[sorted(int(t) for t in timesteps)]
+    rising, last = sorted({int(t) for t in timesteps}), len(alphas_cumprod) - 1
+    if len(rising) < max(len(timesteps), 1) or not 0 <= rising[0] <= rising[-1] <= last:
+        raise UserError(f"Timesteps are different integers between 0 and {last}; these are {list(timesteps)}.")
+    levels = alphas_cumprod[rising]
     return 1 - levels / torch.cat([levels.new_ones(1), levels[:-1]])

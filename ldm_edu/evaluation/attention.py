@@ -101,9 +101,17 @@ class Overlaps(NamedTuple):
 
 @torch.no_grad()
 def overlaps(
-    model: LatentDiffusion, scenes: ShapeScenes, found: Pairs, timesteps: tuple[int, ...] = TIMESTEPS
+    model: LatentDiffusion,
+    scenes: ShapeScenes,
+    found: Pairs,
+    timesteps: tuple[int, ...] = TIMESTEPS,
+    other_picture: bool = False,
 ) -> Overlaps:
     """The overlap of each of `true_pairs`. Equal weights make 1. Picture i has noise of seed i at every timestep.
+
+    Args:
+        other_picture: each caption gets the picture of the scene before. What is left of the overlap is what words
+            know without looking: "above", say, already tells where.
 
     Raises:
         UserError: a timestep that the model's schedule does not have.
@@ -112,6 +120,7 @@ def overlaps(
         raise UserError(f"The model's timesteps are 0 to {model.schedule.T - 1}; these are {timesteps}.")
     index = range(len(scenes))
     z0 = torch.cat([model.to_latent(scenes.images(index[part])) for part in batches(len(scenes), 64)])
+    z0 = z0.roll(int(other_picture), 0)
     context, draws = model.context(scenes.captions(index, full=True)), noise(z0.shape[1:], index).to(z0)
     place, row = torch.stack([found.token, found.token + 1], 1), found.scene[:, None]
     results: dict[str, list[Tensor]] = {}
@@ -138,10 +147,11 @@ def measure_attention(name: str = "shapes-text", captions: int = 512, seed: int 
     """For each of `WORDS` the overlap in its box, mean over objects and `TIMESTEPS`, in one layer and one head.
 
     Layer and head (or the mean of the heads) are the `best` on other captions, of seed + 1. With them come the
-    deviation between objects, the overlap in the boxes of other objects of the scene, and the mean at each timestep.
+    deviation between objects, the overlap in the boxes of other objects of the scene, and the mean at each timestep;
+    both means also with the picture of another scene.
     """
-    if captions < 1 or seed == 0:
-        raise UserError(f"Ask for at least one caption, and not of seed 0, which trains: {captions}, seed {seed}.")
+    if captions < 2 or seed == 0:
+        raise UserError(f"Ask for at least two captions, and not of seed 0, which trains: {captions}, seed {seed}.")
     model = LatentDiffusion.load(name)
     here, others = ShapeScenes(64, captions, seed), ShapeScenes(64, captions, seed + 1)
     texts = set(here.captions(range(captions), full=True))
@@ -149,17 +159,20 @@ def measure_attention(name: str = "shapes-text", captions: int = 512, seed: int 
     found, choosing = true_pairs(model, here), true_pairs(model, others)
     chosen = best(overlaps(model, others, choosing).ratios[:, choosing.own & new[choosing.scene]])
     ratios, layers = overlaps(model, here, found)
+    blind = overlaps(model, here, found, other_picture=True).ratios[:, found.own].mean(1)
     result: dict[str, object] = {}
-    for word, (layer, head), of_word in zip(WORDS, chosen, ratios.unbind(2), strict=True):
-        by_timestep = of_word[layer, :, :, head]
-        mean = by_timestep.mean(1)
+    for word, (layer, head), of_word, of_blind in zip(WORDS, chosen, ratios.unbind(2), blind.unbind(1), strict=True):
+        mean, without = of_word[layer, :, :, head].mean(1), of_blind[layer, :, head]
         own, other = mean[found.own], mean[~found.own]
+        by_timestep = {"": of_word[layer, found.own, :, head].mean(0), "other_picture_": without}
         result |= {
             word: round(own.mean().item(), 3), f"{word}_deviation": round(own.std().item(), 3),
-            f"{word}_other_box": round(other.mean().item(), 3), f"{word}_layer": layers[layer],
+            f"{word}_other_box": round(other.mean().item(), 3),
+            f"{word}_other_picture": round(without.mean().item(), 3), f"{word}_layer": layers[layer],
             f"{word}_head": "mean" if head == ratios.shape[-1] - 1 else head,
-            f"{word}_by_timestep": {
-                t: round(at.item(), 3) for t, at in zip(TIMESTEPS, by_timestep[found.own].mean(0), strict=True)
-            },
         }  # fmt: skip
+        for which, values in by_timestep.items():
+            result[f"{word}_{which}by_timestep"] = {
+                t: round(value, 3) for t, value in zip(TIMESTEPS, values.tolist(), strict=True)
+            }
     return result | {"boxes": int(found.own.sum()), "captions": captions, "seed": seed}

@@ -33,39 +33,42 @@ def faithfulness(
     """The share of samples with every object, colour, shape, size and relation as in the caption.
 
     Scenes come from a seed that training never used. Beside "one", "two" and "three" objects, two whose sizes or
-    colours the captions leave open ("no_sizes"; "no_colours", unless both have one shape) and pairs of shape and
-    colour that training left out ("held_out") stand the "ceiling" (true pictures of two objects, through the first
-    stage and back) and "shuffled" (the samples of "two" against each other's captions: chance).
+    colours the captions leave open ("no_sizes", "no_colours") and pairs of shape and colour that training left out
+    ("held_out") stand the "ceiling" (true pictures of two objects, through the first stage and back) and "shuffled"
+    (the samples of "two" against each other's captions: chance).
 
     Args:
-        captions: how many in each group.
+        captions: how many in each group; in "no_colours" fewer, since two objects of one shape need their colours.
 
     Returns:
-        {"faithfulness": {group: share}, "captions": captions, "seed": seed}
+        {"faithfulness": {group: share, None if there was nothing to ask}, "captions": captions, "seed": seed}
 
     Raises:
-        UserError: fewer than one caption.
+        UserError: fewer than two captions.
     """
-    if captions < 1:
-        raise UserError(f"The number of captions must be at least 1; it is {captions}.")
+    if captions < 2:
+        raise UserError(f"The number of captions must be at least 2; it is {captions}.")
     if seed == 0:
         raise UserError("Seed 0 makes the training scenes; evaluate with another one (1 by default).")
     precision = "bfloat16" if has_fast_bfloat16(model.device) else "float32"
     options = dict(num_steps=num_steps, guidance_scale=guidance_scale, precision=precision)
-    shares: dict[str, float] = {}
+    shares: dict[str, float | None] = {}
     bar = progress(total=len(GROUPS) * captions, desc="sampling")
     for group, arguments in GROUPS.items():
         scenes = ShapeScenes(64, count=captions, seed=seed, **arguments)
-        wanted, texts = wanted_things(scenes), scenes.captions(range(captions), full=True)
+        wanted, texts, seeds = wanted_things(scenes), scenes.captions(range(captions), full=True), range(captions)
         if group in OPEN:
             wanted = [leave_open(things, **OPEN[group]) for things in wanted]
             texts = [describe(things, (i, 0, i, 0), full=True) for i, things in enumerate(wanted)]
+        if group == "no_colours":
+            seeds = [i for i in seeds if wanted[i][0].colour is None]
+            wanted, texts = ([of_all[i] for i in seeds] for of_all in (wanted, texts))
+            bar.total -= captions - len(seeds)
         images = []
-        for part in batches(captions, batch_size):
-            seeds = list(range(part.start, part.stop))
-            images.append(model.sample(texts[part], seeds=seeds, **options))
-            bar.update(len(seeds))
-        shares[group] = share(torch.cat(images), wanted)
+        for part in batches(len(seeds), batch_size):
+            images.append(model.sample(texts[part], seeds=list(seeds[part]), **options))
+            bar.update(len(seeds[part]))
+        shares[group] = share(torch.cat(images), wanted) if images else None
         if group == "two":
             shares["shuffled"] = share(torch.cat(images), wanted[1:] + wanted[:1])
             shares["ceiling"] = share(_reconstructed(model, scenes), wanted)

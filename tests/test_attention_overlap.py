@@ -24,7 +24,8 @@ from ldm_edu.evaluation.attention import (
     true_pairs,
 )
 from ldm_edu.pipeline import LatentDiffusion
-from ldm_edu.runtime import UserError
+from ldm_edu.runtime import UserError, noise
+from ldm_edu.unet import attention_maps
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,21 @@ def test_colour_words_look_at_their_object(model: LatentDiffusion):
     torch.testing.assert_close(overlaps(model, scenes, found, timesteps=(300,)).ratios[..., 0, :], ratios[..., 1, :])
 
 
+def test_with_another_picture_a_word_knows_only_the_sentence(model: LatentDiffusion):
+    scenes = ShapeScenes(64, 40, seed=3)
+    found = true_pairs(model, scenes)
+    own, other = (overlaps(model, scenes, found, (300,), other_picture=x).ratios[6, found.own, 0, 0, 4] for x in (0, 1))
+    assert other.mean() < own.mean() / 2
+    with torch.no_grad():  # the picture of the scene before, with the noise of one's own
+        before = model.to_latent(scenes.images([*range(39, 40), *range(39)]))
+        noisy = model.schedule.add_noise(before, noise(before.shape[1:], range(40)), torch.full((40,), 300))
+        with attention_maps(model.unet) as maps:
+            model.unet(noisy, torch.full((40,), 300), model.context(scenes.captions(range(40), full=True)))
+    weights = maps[6].probabilities.mean(1)[found.scene, :, found.token]
+    expected = overlap(weights, box_cover(found.box, maps[6].height, maps[6].width))[found.own]
+    torch.testing.assert_close(other, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_the_best_is_found_for_each_word():
     ratios = torch.ones(7, 4, len(WORDS), 2, 5)
     for word, (layer, head) in enumerate([(6, 0), (0, 4), (3, 2)]):
@@ -103,6 +119,8 @@ def test_the_command(capsys: pytest.CaptureFixture):
     result = measure_attention(captions=6, seed=5)
     assert {*WORDS, "colour_other_box", "shape_layer", "both_head", "boxes"} <= result.keys()
     by_timestep = result["shape_by_timestep"]
+    blind = result["shape_other_picture_by_timestep"]
+    assert tuple(blind) == TIMESTEPS and fmean(blind.values()) == pytest.approx(result["shape_other_picture"], abs=1e-3)
     assert tuple(by_timestep) == TIMESTEPS and fmean(by_timestep.values()) == pytest.approx(result["shape"], abs=1e-3)
     for names in (["attention"], ["attention", "shapes-text"]):
         run = typer.testing.CliRunner().invoke(main, ["evaluate", *names, "--captions", "6", "--seed", "5"])

@@ -80,7 +80,11 @@ def test_the_still_has_a_row_for_each_word(explorer: AttentionExplorer):
 
 
 def test_maps_that_do_not_fit_are_refused():
-    with pytest.raises(UserError, match=r"3 steps, 3 words; maps \{'x': \(3, 2\)\}"):
+    with pytest.raises(UserError, match=r"3 steps, 3 words; maps \{'x': \(3, 2, 2, 2\)\}"):
         AttentionExplorer(WORDS, STEPS, torch.zeros(3, 3, 4, 4), {"x": torch.ones(3, 2, 2, 2)})
     with pytest.raises(UserError, match="a picture a step"):
         AttentionExplorer(WORDS, STEPS, torch.zeros(2, 3, 4, 4), {"x": torch.ones(3, 3, 2, 2)})
+    with pytest.raises(UserError, match=r"\(steps, words, h, w\).* maps \{'x': \(3, 3, 4\)\}"):
+        AttentionExplorer(WORDS, STEPS, torch.zeros(3, 3, 4, 4), {"x": torch.ones(3, 3, 4)})
+    with pytest.raises(UserError, match=r"a map \(h, w\).* these are \(64,\)"):
+        spotlight(torch.zeros(3, 8, 8), torch.ones(64))

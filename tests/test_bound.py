@@ -198,3 +198,18 @@ def test_what_is_no_variance_and_no_decoder_is_named():
             variational_bound(Network(), Z0, levels, Draws(), *arguments)
     with pytest.raises(UserError, match="from T = 2 on"):
         reverse_variances(levels[:1], "posterior")
+
+
+@pytest.mark.parametrize("first", [0.0, -0.5, math.nan])
+def test_variances_are_above_0(first: float):
+    """β̃ as a formula gives it is 0 at the first step."""
+    levels = Schedule(T=3).alphas_cumprod
+    variance = torch.cat([torch.tensor([first]), reverse_variances(levels, "posterior")[1:]])
+    for use in (
+        lambda: variational_bound(Network(), Z0, levels, Draws(), variance=variance),
+        lambda: bound_weights(levels, variance),
+    ):
+        with pytest.raises(UserError, match=f"above 0; the smallest is {first:g}.*'posterior' takes"):
+            use()
+    with pytest.raises(UserError, match=rf"prior.*above 0, not \(0.5, {first}\)"):
+        variational_bound(Network(), Z0, levels, Draws(), prior=(0.5, first))

@@ -63,6 +63,26 @@ def test_a_vocabulary_of_ones_own():
             TextConditioner.from_words(["a", word])
 
 
+@pytest.mark.parametrize(
+    "captions, words",
+    [
+        ([], "There is no caption"), (None, "is a text, not None"), (3, "not 3"), ([None], "not None"),
+        (["a star", 3], "not 3"), ([("a star", "star")], r"not \('a star', 'star'\)"),
+        ("a red star.", "never saw '[.]' .*Leave out the punctuation that it does not know. It knows these words: a,"),
+        ("a red moon", r"never saw 'moon' \(in 'a red moon'\)[.] It knows these"),
+    ],
+)  # fmt: skip
+def test_what_is_no_caption_is_named(captions: object, words: str):
+    with pytest.raises(UserError, match=words):
+        tiny.conditioner().tokenize(captions)
+    assert tiny.conditioner().tokenize(iter(["a star", ""])).shape == (2, 8)
+
+
+def test_captions_have_a_length():
+    with pytest.raises(UserError, match="at least 1, not 0"):
+        TextConditioner.from_words(["a", "star"], length=0)
+
+
 def test_a_frozen_encoder_has_no_dropout_even_in_training():
     tokenizer = TextConditioner.from_words(["a", "star"], length=8, channels=16, layers=1, heads=2).tokenizer
     config = BertConfig(

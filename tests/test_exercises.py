@@ -112,6 +112,7 @@ def quantizer_output(z: Tensor, codebook: Tensor) -> Tensor:
         (check_gaussian_kl, lambda m, v: kl_terms(m, v).flatten(1).sum(1) / 2), (check_straight_through, straight),
         (check_straight_through, quantizer_output), (check_vq_loss, vq),
         (check_receptive_field, lambda n: torch.tensor(field(n))),
+        (check_receptive_field, lambda n: torch.tensor(float(field(n)), requires_grad=True)),
         (check_output_size, lambda n, s: np.int64(logits(n, s))),
     ],
 )  # fmt: skip

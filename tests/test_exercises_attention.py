@@ -1,5 +1,6 @@
 """The checks of the exercises on UNet and attention: each takes the solution, and names the mistake of a wrong one."""
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -15,6 +16,7 @@ from ldm_edu.exercises.attention import (
     check_word_overlap,
     check_zero_output,
 )
+from ldm_edu.layers import ResidualBlock
 
 CHECKS = {
     check_timestep_embedding: "timestep embedding", check_zero_output: "zero output", check_attention: "attention",
@@ -55,6 +57,28 @@ def everything(block: nn.Module) -> nn.Module:
     return zeroed(block, *dict(block.named_parameters()))
 
 
+def almost(block: nn.Module) -> nn.Module:
+    nn.init.normal_(last(block).conv2.weight, std=1e-9)
+    return block
+
+
+def another(block: nn.Module) -> nn.Module:
+    """New weights, and a shortcut that is the old one's."""
+    new = ResidualBlock(block.conv1.in_channels, block.conv1.out_channels, 6, groups=2, zero_out=True)
+    new.shortcut = block.shortcut
+    return new
+
+
+def shortcut_alone(block: nn.Module) -> nn.Module:
+    block.forward = lambda x, time: block.shortcut(x)
+    return block
+
+
+def without_no_grad(block: nn.Module) -> nn.Module:
+    block.conv2.weight *= 0
+    return block
+
+
 def no_shortcut(block: nn.Module) -> nn.Module:
     return zeroed(last(block), *(n for n, _ in block.named_parameters() if "shortcut" in n))
 
@@ -86,6 +110,18 @@ def over_heads(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     return ((q @ k.mT / math.sqrt(q.shape[3])).softmax(1) @ v).transpose(1, 2).flatten(2)
 
 
+def attention_in_place(q: Tensor, k: Tensor, v: Tensor, heads: int, of: Callable = lambda x: x) -> Tensor:
+    q, k, v = (of(x).unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    q *= q.shape[3] ** -0.5
+    return ((q @ k.mT).softmax(3) @ v).transpose(1, 2).flatten(2)
+
+
+def geglu_in_place(h: Tensor) -> Tensor:
+    value, gate = h.chunk(2, 2)
+    value *= nn.functional.gelu(gate)
+    return value
+
+
 def geglu(h: Tensor) -> Tensor:
     half = h.shape[2] // 2
     gate = h[:, :, half:]
@@ -108,8 +144,11 @@ def on_map(rule: Callable) -> Callable:
         (check_geglu, geglu), (check_word_overlap, word_overlap),
         (check_word_overlap, torch.no_grad()(lambda *a: word_overlap(*a).item())),  # a measurement: no gradients asked
         (check_timestep_embedding, embedding), (check_zero_output, last), (check_attention, attention),
-        (check_zero_output, lambda block: zeroed(last(block), "time.weight", "time.bias")),  # more than it needs
-        (check_zero_output, lambda block: zeroed(last(block), "conv1.weight")),
+        (check_timestep_embedding, lambda t, c: embedding(t, c).numpy()),
+        (check_timestep_embedding, lambda t, c: embedding(t, c).tolist()),
+        (check_timestep_embedding, lambda t, c: embedding(t, c) * nn.Parameter(torch.ones(c))),  # learned frequencies
+        (check_zero_output, lambda block: last(copy.deepcopy(block))),
+        (check_attention, lambda *a: attention_in_place(*a, of=torch.clone)),  # its own tensors
         (check_attention, lambda q, k, v, h: all_heads(q, k, v, h).transpose(1, 2).flatten(2)),
     ],
 )  # fmt: skip
@@ -139,6 +178,13 @@ ZERO = {
     "shortcut must stay": no_shortcut,
     "nothing has changed": lambda block: block,
     "must still learn": frozen,
+    "at time.weight: all of conv2 should be 0, and all the rest as it": lambda b: zeroed(last(b), "time.weight"),
+    "at conv1.bias": lambda block: zeroed(last(block), "conv1.bias"),
+    "at norm1.weight": lambda block: zeroed(last(block), "norm1.weight", "norm1.bias"),
+    "at conv1.weight": another,
+    "at conv2.weight": almost,
+    "conv2 has no part in the output": shortcut_alone,
+    "under torch.no_grad": without_no_grad,
 }
 ATTENTION = {
     "reshape alone": lambda q, k, v, h: mixed(q, k, v, h).transpose(1, 2).reshape(q.shape),
@@ -156,6 +202,7 @@ ATTENTION = {
     "swap heads and places": lambda q, k, v, h: all_heads(q, k, v, h).reshape(q.shape),
     "v does not get the gradient": lambda q, k, v, h: attention(q, k, v.detach(), h),
     r"shape \(2, 2, 5, 4\); it should be \(2, 5, 8\)": all_heads,
+    r"in place.*x = x \* y makes a new": attention_in_place,
 }
 GEGLU = {
     "value comes first": lambda h: geglu(h.flip(2)).flip(2),
@@ -169,6 +216,7 @@ GEGLU = {
     "not added": lambda h: h.chunk(2, 2)[0] + nn.functional.gelu(h.chunk(2, 2)[1]),
     "value is missing": lambda h: nn.functional.gelu(h.chunk(2, 2)[1]),
     r"shape \(2, 3, 8\); it should be \(2, 3, 4\)": nn.functional.gelu,
+    "in place.*your caller": geglu_in_place,
 }
 OVERLAP = {
     "heads' maps first": lambda p, token, box: sum(word_overlap(h[None], token, box) for h in p) / len(p),

@@ -93,6 +93,7 @@ TO_IMAGE = {
     "not the picture\\.": lambda d, z, s: s * d(z),
     "the decoder is missing": lambda d, z, s: z / s,
     r"shape \(2, 4, 3, 3\); it should be": lambda d, z, s: z,
+    "in place.*your caller": lambda d, z, s: d(z.div_(s)),
 }
 
 

@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ldm_edu.diffusion import PREDICTIONS, Schedule, split_prediction, training_target
+from ldm_edu.diffusion import (
+    PREDICTIONS,
+    Schedule,
+    alpha_cumprod_at,
+    convert,
+    half_log_snr,
+    snr,
+    split_prediction,
+    training_target,
+)
 from ldm_edu.runtime import UserError
 
 KINDS = {  # ours, and diffusers' name for the same
@@ -101,6 +110,21 @@ def test_noise_has_the_moments_of_equation_4():
     torch.testing.assert_close(own.at(t, z), level.view(3, 1, 1, 1))
 
 
+@pytest.mark.parametrize(
+    "z0, noise, t, words",
+    [
+        (normal(4, 1, 2, 2), normal(1, 1, 2, 2), torch.arange(4), r"\(4, 1, 2, 2\), not \(1, 1, 2, 2\)"),
+        (normal(4, 1, 2, 2), normal(1, 2, 2), torch.arange(4), r"z_0's shape.*not \(1, 2, 2\)"),
+        (torch.ones(4, 1, 2, 2, dtype=torch.uint8), normal(4, 1, 2, 2), torch.arange(4), "not torch.uint8"),
+        (normal(4, 1, 2, 2), normal(4, 1, 2, 2), 3, "a tensor of integers from 0 to 999, not of type int"),
+        (normal(4, 1, 2, 2), normal(4, 1, 2, 2), [0, 1, 2, 3], "not of type list"),
+    ],
+)
+def test_what_cannot_be_noised_is_named(z0: Tensor, noise: Tensor, t: object, words: str):
+    with pytest.raises(UserError, match=words):
+        schedule().add_noise(z0, noise, t)
+
+
 # what the network predicts
 
 
@@ -125,6 +149,36 @@ def test_the_targets_themselves(theirs: ModuleType):
     assert training_target("eps", z0, noise, level) is noise and training_target("x0", z0, noise, level) is z0
     torch.testing.assert_close(training_target("v", z0, noise, level), scheduler.get_velocity(z0, noise, t))
     torch.testing.assert_close(own.add_noise(z0, noise, t), scheduler.add_noise(z0, noise, t))
+
+
+@pytest.mark.parametrize("word", [*PREDICTIONS, "score"])
+def test_levels_that_would_multiply_another_dimension_are_refused(word: str):
+    """With as many rows as columns, torch would take one for the other without a word."""
+    z, t = normal(4, 4, 4, 4), torch.tensor([3, 900, 5, 6])
+    shaped = schedule().at(t, z)
+    assert convert(z, z, shaped, word, "v").shape == z.shape
+    for level in (shaped.flatten(), shaped[..., 0]):
+        for call in (
+            lambda level=level: convert(z, z, level, word, "v"),
+            lambda level=level: split_prediction("x0", z, z, level),
+            lambda level=level: training_target("v", z, z, level),
+        ):
+            with pytest.raises(UserError, match=r"z \(4, 4, 4, 4\), as Schedule.at.* it is \(4,"):
+                call()
+    points = normal(4, 2)  # and a level for each point of a plane
+    one = convert(points[1], points[1], shaped[1, 0, 0, 0], word, "v")
+    torch.testing.assert_close(convert(points, points, shaped[:, :, 0, 0], word, "v")[1], one)
+
+
+def test_a_level_may_be_a_plain_number():
+    z0, noise = normal(2, 1, 2, 3, 3)
+    level = torch.tensor(0.7, dtype=torch.float64)
+    assert torch.equal(training_target("v", z0, noise, 0.7), training_target("v", z0, noise, level))
+    for word in (*PREDICTIONS, "score"):
+        found = convert(noise, z0, 0.7, word, "x0")
+        assert found.dtype == torch.float32 and torch.equal(found, convert(noise, z0, level, word, "x0"))
+    assert snr(0.7) == snr(level) and half_log_snr(0.7) == half_log_snr(level)
+    assert alpha_cumprod_at(0.3) == torch.tensor(0.6, dtype=torch.float64).sigmoid()
 
 
 def test_an_unknown_prediction_is_named():

@@ -1,5 +1,6 @@
 """The UNet's options: attention with and without a context, heads and depth by level, labels, and its maps."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,14 @@ from torch import Tensor, nn
 
 from ldm_edu.layers import Attention, AttentionBlock, ResidualBlock
 from ldm_edu.runtime import UserError
-from ldm_edu.unet import AttentionMap, SpatialTransformer, UNet, UNetConfig, attention_maps
+from ldm_edu.unet import (
+    AttentionMap,
+    SpatialTransformer,
+    UNet,
+    UNetConfig,
+    attention_maps,
+    timestep_embedding,
+)
 
 SMALL = UNetConfig(
     in_channels=2, out_channels=2, channels=8, channel_multipliers=(1, 2), blocks=1, attention_levels=(1,), heads=2,
@@ -97,6 +105,24 @@ def test_conditions_that_are_missing_or_too_many_are_named(change: dict, drop: s
     given = {"context": context, "labels": labels}
     with pytest.raises(UserError, match=words):
         unets.ours(config)(z, t, **{name: value for name, value in given.items() if name != drop})
+
+
+@pytest.mark.parametrize("t", [1, None, [3, 961]])
+def test_timesteps_and_labels_are_tensors(t: object):
+    config = replace(SMALL, num_classes=3)
+    z, times, context, labels = unets.inputs(config, torch.float32)
+    model = unets.ours(config)
+    assert torch.equal(model(z, times.float(), context, labels), model(z, times, context, labels))
+    with pytest.raises(UserError, match=rf"t must be a tensor \(2,\).*, not {re.escape(str(t))}"):
+        model(z, t, context, labels)
+    with pytest.raises(UserError, match="labels must be a tensor.*not 1"):
+        model(z, times, context, 1)
+
+
+@pytest.mark.parametrize("channels", [7, 1, 0])
+def test_a_timestep_embedding_has_two_halves(channels: int):
+    with pytest.raises(UserError, match=f"even number from 2 on, not {channels}"):
+        timestep_embedding(torch.arange(3), channels)
 
 
 @pytest.mark.parametrize("height, width", [(5, 8), (8, 6), (2, 4)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,7 @@ class TextConditioner(nn.Module):
             dropout.
 
     Raises:
-        UserError: the tokenizer does not pad, or the encoder reads fewer tokens.
+        UserError: the tokenizer does not pad, a length below 1, or the encoder reads fewer tokens.
     """
 
     def __init__(
@@ -48,6 +48,8 @@ class TextConditioner(nn.Module):
         super().__init__()
         if tokenizer.padding is None:
             raise UserError("Captions are padded to one length: call the tokenizer's enable_padding(...) first.")
+        if length < 1:
+            raise UserError(f"Captions are padded to a length of at least 1, not {length}.")
         if not isinstance(encoder, TextTransformer):
             if 0 < (most := getattr(encoder.config, "max_position_embeddings", None) or 0) < length:
                 raise UserError(f"This {type(encoder).__name__} reads {most} tokens at most, not {length}.")
@@ -131,9 +133,15 @@ class TextConditioner(nn.Module):
 
         Raises:
             UnknownWords: words outside the vocabulary, named, with the words in it.
-            UserError: a caption longer than the model reads.
+            UserError: a caption longer than the model reads, no caption, or one that is no text.
         """
-        captions = [captions] if isinstance(captions, str) else list(captions)
+        several = isinstance(captions, Iterable) and not isinstance(captions, str)
+        captions = list(captions) if several else [captions]
+        if not captions:
+            raise UserError("There is no caption: give at least one. The empty one is ''.")
+        for caption in captions:
+            if not isinstance(caption, str):
+                raise UserError(f"A caption is a text, not {caption!r}.")
         encodings = self.tokenizer.encode_batch(captions)
         for caption, encoding in zip(captions, encodings, strict=True):
             if (count := len(encoding.ids)) > self.length:
@@ -146,9 +154,12 @@ class TextConditioner(nn.Module):
 
     def _unknown(self, caption: str, encoding: Encoding) -> str:
         spans = [span for token, span in zip(encoding.ids, encoding.offsets) if token == self._unknown_token]
-        strange = ", ".join(dict.fromkeys(repr(caption[start:stop]) for start, stop in spans))
+        strange = dict.fromkeys(caption[start:stop] for start, stop in spans)
+        named = f"This model never saw {', '.join(map(repr, strange))} (in {caption!r})."
+        if not all(any(map(str.isalnum, word)) for word in strange):
+            named += " Leave out the punctuation that it does not know."
         known = ", ".join(sorted(w for w in self.tokenizer.get_vocab() if w[0].isalnum())[:200])  # no [PAD], no comma
-        return f"This model never saw {strange} (in {caption!r}). It knows these words: {known}."
+        return f"{named} It knows these words: {known}."
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token numbers `(B, length)` to the context `(B, length, channels)`."""

@@ -44,7 +44,7 @@ def variational_bound(
         prior: mean and variance of p(z_T).
 
     Raises:
-        UserError: ᾱ that do not fall from below 1, or end at 0 for "eps"; unknown words.
+        UserError: ᾱ that do not fall from below 1, or end at 0 for "eps"; variances not above 0; unknown words.
     """
     first, last = (alphas_cumprod[i].item() for i in (0, -1)) if len(alphas_cumprod) else (1.0, 1.0)
     if not (alphas_cumprod.diff() < 0).all() or not 0 <= last <= first < 1:
@@ -53,6 +53,8 @@ def variational_bound(
         raise UserError("The last ᾱ is 0: no signal, and of the noise alone no z_0 follows. Take a model of x0 or v.")
     if decoder not in ("gaussian", "pixels"):
         raise UserError(f"The decoder is 'gaussian' or 'pixels', not {decoder!r}.")
+    if not prior[1] > 0:
+        raise UserError(f"The prior is a mean and a variance above 0, not {prior}.")
     sigmas2 = reverse_variances(alphas_cumprod, variance).tolist()
     levels = [1.0, *alphas_cumprod.tolist()]
     terms = []
@@ -81,12 +83,17 @@ def reverse_variances(alphas_cumprod: Tensor, variance: str | Tensor) -> Tensor:
     as in Ho et al.'s code it takes the second's.
 
     Raises:
-        UserError: another word, or a tensor of another length.
+        UserError: another word, or a tensor of another length, or with variances not above 0.
     """
     if isinstance(variance, Tensor):
         if variance.shape != alphas_cumprod.shape:
             raise UserError(
                 f"Give a variance for each of {len(alphas_cumprod)} steps, not {tuple(variance.shape)}."
+            )
+        if not (variance > 0).all():
+            raise UserError(
+                f"Variances are above 0; the smallest is {variance.min():.6g}. (β̃ is 0 at the first step: 'posterior' "
+                "takes the second's there.)"
             )
         return variance
     betas = respaced_betas(alphas_cumprod, range(len(alphas_cumprod)))

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ldm_edu.runtime import UserError
+from ldm_edu.runtime import UserError, refuse_bytes
 
 
 def linear(T: int, start: float, end: float) -> Tensor:
@@ -65,7 +65,14 @@ class Schedule:
         return {"kind": self.kind, "T": self.T, "start": self.start, "end": self.end}
 
     def add_noise(self, z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """A sample of q(z_t | z_0) = N(√ᾱ_t z_0, (1 - ᾱ_t) I), from its noise; `t` (B,) integers."""
+        """A sample of q(z_t | z_0) = N(√ᾱ_t z_0, (1 - ᾱ_t) I), from its noise; `t` (B,) integers.
+
+        Raises:
+            UserError: noise that is not of z_0's shape, a z_0 of integers, and the errors of `at`.
+        """
+        refuse_bytes(z0)
+        if noise.shape != z0.shape:
+            raise UserError(f"Give noise of z_0's shape, {tuple(z0.shape)}, not {tuple(noise.shape)}.")
         signal = self.at(t, z0)
         return (signal.sqrt() * z0 + (1 - signal).sqrt() * noise).to(z0.dtype)
 
@@ -73,10 +80,11 @@ class Schedule:
         """ᾱ_t for each picture of a batch, shaped to multiply `like`; at least in single precision.
 
         Raises:
-            UserError: timesteps that are no integers from 0 to T-1. (A step's t = -1, the clean latent, is none.)
+            UserError: anything but a tensor of integers from 0 to T-1. (A step's t = -1, the clean latent, is none.)
         """
-        if t.is_floating_point():
-            raise UserError(f"Timesteps are integers from 0 to {self.T - 1}, not of type {t.dtype}.")
+        if not isinstance(t, Tensor) or t.is_floating_point():
+            kind = t.dtype if isinstance(t, Tensor) else type(t).__name__
+            raise UserError(f"Timesteps are a tensor of integers from 0 to {self.T - 1}, not of type {kind}.")
         t = t.cpu()
         self.check(t)
         level = self.alphas_cumprod[t].to(torch.promote_types(like.dtype, torch.float32)).to(like.device)

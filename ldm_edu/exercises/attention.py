@@ -41,11 +41,11 @@ def check_timestep_embedding(answer: Answer) -> None:
         ("no 2π here: the angle is t times the frequency.", variant(factor=2 * math.pi)),
     ]  # fmt: skip
     cases = [(torch.tensor([0, 1, 4, 10]), channels) for channels in (8, 12)]
-    grade("timestep embedding", answer, timestep_embedding, cases, mistakes)
+    grade_values("timestep embedding", answer, timestep_embedding, cases, mistakes)
 
 
 def check_zero_output(answer: Answer) -> None:
-    """Check `answer(block)`: the same `ResidualBlock`, changed so that it starts as its shortcut and still learns."""
+    """Check `answer(block)`: the same `ResidualBlock`, with conv2 at zero: it starts as its shortcut and learns."""
 
     def measured(rule: Answer) -> Answer:
         def run(x: Tensor, time: Tensor, out_channels: int) -> Tensor | None:
@@ -53,6 +53,7 @@ def check_zero_output(answer: Answer) -> None:
                 torch.manual_seed(0)
                 fresh = ResidualBlock(x.shape[1], out_channels, time.shape[1], groups=2)
                 shortcut = fresh.shortcut(x).detach()
+                before = {name: weight.detach().clone() for name, weight in fresh.named_parameters()}
                 block = rule(fresh)
             if block is None:
                 return None
@@ -60,9 +61,18 @@ def check_zero_output(answer: Answer) -> None:
             if not all(weight.requires_grad for weight in block.parameters()):
                 raise ExerciseError("all must still learn: only set conv2 to zero, and leave requires_grad alone.")
             last = block.conv2.weight, block.norm2.weight
-            learns = torch.autograd.grad(output.square().sum(), last)
+            gradients = torch.autograd.grad(output.square().sum(), last, allow_unused=True)
+            if any(gradient is None for gradient in gradients):
+                raise ExerciseError("conv2 has no part in the output any more: leave forward alone, set conv2 to zero.")
+            learns = torch.tensor([float(gradient.abs().max() > 1e-4) for gradient in gradients])
             added = (output - shortcut).detach().flatten()  # what the block adds; and whether conv2 and norm2 learn
-            return torch.cat([added, torch.tensor([float(gradient.abs().max() > 1e-4) for gradient in learns])])
+            if learns[0] and added.abs().max() < 1e-6:
+                after = dict(block.named_parameters())
+                for name, weight in before.items():
+                    wanted = 0 * weight if name.startswith("conv2") else weight
+                    if name not in after or not torch.equal(after[name], wanted):
+                        raise ExerciseError(f"look at {name}: all of conv2 should be 0, and all the rest as it was.")
+            return torch.cat([added, learns])
 
         return run
 

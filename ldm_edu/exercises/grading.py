@@ -14,6 +14,12 @@ Answer = Callable[..., Any]
 Mistake = tuple[str, Answer]  # what to say, and a function that makes this mistake
 
 
+IN_PLACE = (
+    "an operation in place, such as x *= y, overwrites what your caller or autograd still needs: x = x * y makes a new "
+    "tensor. (Weights are set under torch.no_grad().)"
+)
+
+
 class ExerciseError(AssertionError):
     """A wrong answer, in words for the learner."""
 
@@ -42,7 +48,9 @@ def grade(
             f"{name}: not written yet. Put your code in place of `raise NotImplementedError`."
         ) from None
     except Exception as error:
-        raise ExerciseError(f"{name}: your function stops with {type(error).__name__}: {error}") from error
+        stopped = f"your function stops with {type(error).__name__}: {error}"
+        in_place = "inplace" in str(error).replace("-", "")  # torch writes it in both ways
+        raise ExerciseError(f"{name}: {IN_PLACE if in_place else stopped}") from error
     expected = [_outcome(right, case) for case in cases]
     if _all_same(given, expected):
         print(f"ok: {name}")
@@ -77,10 +85,12 @@ def _outcome(function: Answer, case: tuple) -> tuple[Any, list[Tensor | None]]:
     """The value, and the gradient that reaches each argument: zero where none does, None where none can."""
     arguments = [a.clone().requires_grad_(a.is_floating_point()) if isinstance(a, Tensor) else a for a in case]
     value = function(*arguments)
+    if any(isinstance(a, Tensor) and not torch.equal(a, b) for a, b in zip(arguments, case)):
+        raise ExerciseError(IN_PLACE)
     leaves = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
     if isinstance(value, Tensor) and value.requires_grad:
         upstream = torch.linspace(0.5, 1.5, value.numel()).view(value.shape)  # no two places alike
-        found = torch.autograd.grad(value, leaves, upstream.to(value), allow_unused=True)
+        found = torch.autograd.grad(value, leaves, upstream.to(value), allow_unused=True) if leaves else ()
         value = value.detach()
     else:
         found = (None,) * len(leaves)

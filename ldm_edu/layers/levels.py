@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 from ldm_edu.runtime import UserError
@@ -11,13 +12,15 @@ def check_levels(config: Any) -> None:
     """Make tuples of a config's `channel_multipliers` and `attention_levels`, lists perhaps, and look at both.
 
     Raises:
-        UserError: there is no level, or attention in one that does not exist.
+        UserError: there is no level, one of no integer width, or attention in one that does not exist.
     """
     for name in ("channel_multipliers", "attention_levels"):
         object.__setattr__(config, name, tuple(getattr(config, name)))  # it is frozen
     count = len(config.channel_multipliers)
     if not count:
         raise UserError("channel_multipliers must have a number for each level, at least one; it is empty.")
+    if not all(isinstance(m, Integral) and m >= 1 for m in config.channel_multipliers):
+        raise UserError(f"channel_multipliers are integers, each at least 1; they are {config.channel_multipliers}.")
     if not {*config.attention_levels} <= {*range(count)}:
         raise UserError(
             f"attention_levels are counted from 0, the highest resolution, to {count - 1}, the lowest; "

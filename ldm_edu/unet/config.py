@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 
 from ldm_edu.layers import check_levels
 from ldm_edu.runtime import UserError
@@ -49,11 +50,15 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         check_levels(self)
-        counts = {"channels": self.channels, "blocks": self.blocks, "heads": self.heads, "groups": self.groups}
-        optional = {"context_channels": self.context_channels, "num_classes": self.num_classes}
-        for name, count in (counts | {k: v for k, v in optional.items() if v is not None}).items():
+        optional = ("context_channels", "head_channels", "num_classes")
+        for name in ("in_channels", "out_channels", "channels", "blocks", "heads", "groups", *optional):
+            count, told = getattr(self, name), " or None" if name in optional else ""
+            if count is None and told:
+                continue
+            if not isinstance(count, Integral):
+                raise UserError(f"{name} must be an integer{told}, not {count!r}.")
             if count < 1:
-                raise UserError(f"{name} must be at least 1{' or None' if name in optional else ''}, not {count}.")
+                raise UserError(f"{name} must be at least 1{told}, not {count}.")
         if self.channels % 2 or any(width % self.groups for width in self.widths):
             raise UserError(
                 f"channels must be even, half cosines and half sines of the timestep, and every level's width, "

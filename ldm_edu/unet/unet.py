@@ -19,7 +19,12 @@ def timestep_embedding(t: Tensor, channels: int, slowest: float = 10_000.0) -> T
     """[cos, sin] of t at `channels / 2` frequencies, slowest^(-2i / channels) from i = 0 on: `(B, channels)`.
 
     As in the released code: cosines first, and the next frequency in the row, not the last, would be 1 / slowest.
+
+    Raises:
+        UserError: channels that are not even, or fewer than 2.
     """
+    if channels < 2 or channels % 2:
+        raise UserError(f"Half of the channels are cosines, half sines: give an even number from 2 on, not {channels}.")
     half = channels // 2
     frequencies = torch.exp(
         -math.log(slowest) * torch.arange(half, device=t.device, dtype=torch.float32) / half
@@ -38,7 +43,7 @@ class TimeEmbedding(nn.Module):
         self.linear2 = nn.Linear(4 * channels, 4 * channels)
 
     def forward(self, t: Tensor) -> Tensor:
-        """`(B,)` integers to `(B, 4 * channels)`."""
+        """Timesteps `(B,)` to `(B, 4 * channels)`."""
         embedded = timestep_embedding(t, self.channels).to(self.linear1.weight.dtype)
         return self.linear2(F.silu(self.linear1(embedded)))
 
@@ -157,9 +162,10 @@ class UNet(nn.Module):
         nn.init.zeros_(self.conv_out.bias)
 
     def forward(self, z: Tensor, t: Tensor, context: Context = None, labels: Tensor | None = None) -> Tensor:
-        """`z` (B, in_channels, h, w), `t` and `labels` (B,) integers, `context` (B, M, d): `(B, out_channels, h, w)`.
+        """`z` (B, in_channels, h, w), `t` and `labels` (B,), `context` (B, M, d): `(B, out_channels, h, w)`.
 
-        h and w must be multiples of 2 ** (number of levels - 1).
+        h and w must be multiples of 2 ** (number of levels - 1). Labels are integers; timesteps may be floats. Which
+        numbers they are is not checked (on a GPU that would mean to wait for it): `Schedule.at` refuses those outside.
 
         Raises:
             UserError: other shapes; a context or labels that the network has no use for, or none where it needs them.
@@ -192,8 +198,11 @@ class UNet(nn.Module):
             if (given is None) != (width is None):
                 told = f"with {name}: give it {name}." if width else f"without {name}: give it none."
                 raise UserError(f"This UNet was made {told}")
-        for name, numbers in (("t", t), ("labels", labels)):
-            if numbers is not None and numbers.shape != z.shape[:1]:
+        numbered = {"t": t} if labels is None else {"t": t, "labels": labels}
+        for name, numbers in numbered.items():
+            if not isinstance(numbers, Tensor):
+                raise UserError(f"{name} must be a tensor ({len(z)},), a number for each latent, not {numbers!r}.")
+            if numbers.shape != z.shape[:1]:
                 raise UserError(f"{name} must hold a number for each of {len(z)} latents, not {tuple(numbers.shape)}.")
         if isinstance(context, Tensor):
             batch, *_, channels = context.shape

@@ -19,7 +19,12 @@ def spotlight(picture: Tensor, weights: Tensor) -> Tensor:
     """A picture `(3, H, W)` in [-1, 1], light where `weights` (h, w) are large, dark where they are small.
 
     The largest weight leaves the picture as it is, whatever its size. H and W are multiples of h and w.
+
+    Raises:
+        UserError: weights that are no map, such as all places in a row.
     """
+    if weights.ndim != 2:
+        raise UserError(f"The weights are a map (h, w): reshape them first; these are {tuple(weights.shape)}.")
     light = F.interpolate(weights[None, None].float(), size=picture.shape[1:], mode="nearest")[0]
     return (picture + 1) * (0.12 + 0.88 * light / light.max().clamp(min=1e-12)) - 1
 
@@ -39,7 +44,7 @@ class AttentionExplorer(StillBox):
         scale: how many times the pictures are enlarged.
 
     Raises:
-        UserError: there are no maps, or not one for each word and step.
+        UserError: there are no maps `(h, w)`, or not one for each word and step.
     """
 
     text = "The attention explorer: run the cell to move its sliders."
@@ -48,7 +53,8 @@ class AttentionExplorer(StillBox):
         self, words: Sequence[str], timesteps: Sequence[str], pictures: Tensor, maps: Mapping[str, Tensor],
         start: tuple[int, int, int] = (0, 0, 0), still_words: Sequence[int] = (0,), scale: float = 4,
     ) -> None:  # fmt: skip
-        wrong = {k: tuple(m.shape[:2]) for k, m in maps.items() if m.shape[:2] != (len(timesteps), len(words))}
+        size = len(timesteps), len(words)
+        wrong = {k: tuple(m.shape) for k, m in maps.items() if m.ndim != 4 or m.shape[:2] != size}
         if wrong or not maps or len(pictures) != len(timesteps):
             told = f"{len(timesteps)} steps, {len(words)} words"
             raise UserError(f"Give a picture a step, and maps (steps, words, h, w): {told}; maps {wrong}.")

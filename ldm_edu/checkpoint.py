@@ -50,10 +50,14 @@ def find(name: str | Path) -> Path:
     """
     if str(name).startswith("hub:"):
         return _fetch(str(name).removeprefix("hub:"))
-    for folder in (Path(name).expanduser(), HOME / str(name)):
-        for place in (folder, _beside(folder, "old")):  # the second where write_folder was killed between its renames
-            if (place / "config.json").is_file():
-                return place
+    try:
+        for folder in (Path(name).expanduser(), HOME / str(name)):
+            for place in (folder, _beside(folder, "old")):  # where write_folder was killed between its renames
+                if (place / "config.json").is_file():
+                    return place
+    except (OSError, RuntimeError) as error:  # a name too long for a file, the home of nobody
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"There is no checkpoint {str(name)!r}: {reason}.") from error
     if Path(name).is_dir():
         raise CheckpointError(f"The folder {name} holds no config.json, so it is no checkpoint.")
     raise CheckpointError(

@@ -25,7 +25,7 @@ TOUR = Path(__file__).resolve().parent.parent / "notebooks" / "00_tour.ipynb"
 
 
 class Commands(TyperGroup):
-    """Turns a UserError into a message, and warnings into lines without file names."""
+    """Turns a UserError, or what the system refuses, into a message, and warnings into lines without file names."""
 
     def invoke(self, ctx: Any) -> Any:
         with warnings.catch_warnings():
@@ -38,6 +38,11 @@ class Commands(TyperGroup):
                 if not isinstance(error, UserError):
                     raise
                 _say(f"Error: {error}")
+                raise typer.Exit(1) from error
+            except BrokenPipeError:  # of `| head`
+                raise
+            except OSError as error:
+                _say(f"Error: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
                 raise typer.Exit(1) from error
 
 
@@ -118,13 +123,16 @@ def sample(
 
     texts = [prompt for prompt in prompts for _ in range(num)]
     seeds = [seed + i for _ in prompts for i in range(num)]
-    images = draw(LatentDiffusion.load(checkpoint), texts, seeds, steps, guidance, sampler)
+    model = LatentDiffusion.load(checkpoint)
+    model.steps(texts, steps, guidance, seeds, sampler)  # which refuses at once what cannot be drawn
+    if not as_sheet:
+        out.mkdir(exist_ok=True)
+    images = draw(model, texts, seeds, steps, guidance, sampler)
     if as_sheet:
         files = {out: contact_sheet(images, columns=num if len(prompts) > 1 else None)}
     else:
         names = [file_name(i // num, *one) for i, one in enumerate(zip(texts, seeds))]
         files = {out / name: image for name, image in zip(names, images)}
-        out.mkdir(exist_ok=True)
     for path, image in files.items():
         write_png(path, image)
         typer.echo(path)
@@ -234,7 +242,7 @@ def evaluate(
             found = scenes.measure_scenes()
         else:
             found = attention.measure_attention(*names[1:], captions=captions, seed=seed)
-        typer.echo(json.dumps(found) if as_json else "\n".join(f"{k:>20} {v}" for k, v in found.items()))
+        typer.echo(json.dumps(found) if as_json else "\n".join(f"{k:>33} {v}" for k, v in found.items()))
         return
     if names == ["samplers"]:
         from ldm_edu.evaluation import steps

@@ -9,6 +9,11 @@ from torch import nn
 
 from ldm_edu.runtime import UserError
 
+KEEP = (
+    "Keep the weights with safetensors.torch.save_model, and beside them what is no weight: of a LatentDiffusion "
+    "its latent_scale, latent_size, prediction and schedule."
+)
+
 
 def refuse_if_other(model: nn.Module, make: Callable[[], nn.Module]) -> None:
     """Refuse to save a model of which loading would make another one: what `make` makes.
@@ -26,7 +31,7 @@ def refuse_if_other(model: nn.Module, make: Callable[[], nn.Module]) -> None:
         if own.get(name) != other.get(name):
             raise UserError(
                 f"This {type(model).__name__} cannot be saved: loaded again, its {name or 'class'} would not be "
-                f"{own.get(name)}, but {other.get(name)}. Keep parts of your own with safetensors.torch.save_model."
+                f"{own.get(name)}, but {other.get(name)}. {KEEP}"
             )
 
 

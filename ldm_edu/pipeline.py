@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ from torch import Tensor, nn
 from ldm_edu import checkpoint
 from ldm_edu.autoencoder import FirstStage
 from ldm_edu.conditioning import TextConditioner
-from ldm_edu.diffusion import PREDICTIONS, Schedule, Step, guided, spaced_timesteps
+from ldm_edu.diffusion import PREDICTIONS, SCHEDULES, Schedule, Step, guided, spaced_timesteps
 from ldm_edu.diffusion.samplers import ddim, ddpm, dpm_solver, plms
-from ldm_edu.parts import refuse_if_other
+from ldm_edu.parts import KEEP, refuse_if_other
 from ldm_edu.runtime import PictureNoise, UserError, autocast, pick_device, uses_bfloat16
 from ldm_edu.unet import UNet, UNetConfig
-from ldm_edu.unet.fast import Denoiser
+from ldm_edu.unet.fast import Denoiser, has_hooks
 
 SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "plms": plms, "dpm-solver": dpm_solver}
 
@@ -28,8 +29,18 @@ SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "plms": plms, "dpm-solver": dpm_solver}
 class LatentDiffusion(nn.Module):
     """First stage (E and D), denoiser (the UNet), condition (τθ) and noise schedule.
 
+    Parts may be of your own: `training.fit` trains a `DiffusionObjective` of any model, and any draws. But `save`, and
+    so `train_diffusion` with an `out`, takes the `UNet`, the `TextConditioner` and the schedules of this package alone,
+    and a first stage with a `kind` of its own.
+
     Args:
-        first_stage: frozen here, since it is trained no further.
+        first_stage: frozen here and always in evaluation, since it is trained no further.
+        unet: `(z, t, context)` to a prediction of z's shape. A module of your own needs a `config`, a `UNetConfig` that
+            says how many channels it takes and gives, how wide the context is, and how often it halves its input.
+        conditioner: `tokenize(list of captions)` gives tokens, a tensor with a row for each, all rows of one shape, and
+            for "" the empty condition. Called with them, it gives the context `(B, M, d)`. It may say d in `channels`.
+            For a model without a condition: `TextConditioner.from_words([], length=1)`, and "" for every caption.
+        schedule: a `Schedule`.
         latent_scale: what brings the first stage's latents to unit standard deviation; computed from data.
         prediction: what the UNet predicts: "eps", "x0" or "v".
         latent_size: height and width of the latents that it is trained on.
@@ -56,23 +67,34 @@ class LatentDiffusion(nn.Module):
         if not 0 < latent_scale < math.inf:
             raise UserError(f"The scale of the latents is a positive number, not {latent_scale}.")
         shape, channels = unet.config, first_stage.config.latent_channels
+        if shape.context_channels is None:
+            raise UserError(
+                "The UNet reads what the conditioner makes of captions: give it context_channels (not None). For a "
+                'model without a condition take TextConditioner.from_words([], length=1), and "" for every caption.'
+            )
         if (shape.in_channels, shape.out_channels) != (channels, channels):
             raise UserError(
                 f"The first stage's latents have {channels} channels, but the UNet goes from {shape.in_channels} "
                 f"to {shape.out_channels}: give it in_channels and out_channels {channels}."
             )
         wide = getattr(conditioner, "channels", shape.context_channels)  # a module of one's own may not say it
-        if shape.context_channels is None or shape.context_channels != wide or shape.num_classes is not None:
+        if shape.context_channels != wide or shape.num_classes is not None:
             raise UserError(
                 f"The UNet gets the conditioner's sequence, {wide} wide, and no labels: give it "
                 f"context_channels {wide} (not {shape.context_channels}) and no num_classes."
             )
         if latent_size % (step := 2 ** (len(shape.widths) - 1)) or latent_size < 1:
             raise UserError(f"The UNet needs a latent_size that is a multiple of {step}, not {latent_size}.")
-        self.first_stage = first_stage.requires_grad_(False)
+        self.first_stage = first_stage.requires_grad_(False).eval()
         self.unet, self.conditioner, self.schedule = unet, conditioner, schedule
         self.latent_scale, self.prediction, self.latent_size = float(latent_scale), prediction, latent_size
         self._compiled: dict[torch.dtype, Denoiser] = {}
+
+    def train(self, mode: bool = True) -> LatentDiffusion:
+        """As for any module, but the first stage stays in evaluation."""
+        super().train(mode)
+        self.first_stage.eval()
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: compiled programs stay here."""
@@ -91,13 +113,13 @@ class LatentDiffusion(nn.Module):
     def to_latent(self, images: Tensor) -> Tensor:
         """Pictures `(B, 3, H, W)` in [-1, 1] to scaled latents `(B, c, H/f, W/f)`."""
         self.first_stage.check(images)
-        weight = self.unet.conv_in.weight
+        weight = next(self.unet.parameters())
         return self.first_stage.encode(images.to(weight)).to(weight) * self.latent_scale
 
     @torch.no_grad()
     def to_image(self, latents: Tensor) -> Tensor:
         """Scaled latents to pictures `(B, 3, H, W)` in [-1, 1], on the CPU."""
-        scaled = latents.to(self.unet.conv_in.weight) / self.latent_scale
+        scaled = latents.to(next(self.unet.parameters())) / self.latent_scale
         parts = [self.first_stage.decode(part) for part in scaled.split(64)]
         return torch.cat(parts).float().clamp(-1, 1).cpu()
 
@@ -122,21 +144,25 @@ class LatentDiffusion(nn.Module):
         Args:
             prompts: one, or several.
             num_steps: 1 to T. Each is one call of the UNet (and the first of "plms" two).
-            guidance_scale: 1 is no guidance.
+            guidance_scale: 1 is no guidance, and asks for no empty condition.
             seeds: one for each picture; a single integer s means s, s+1, ...
             sampler: "ddim" (with `eta` from 0, deterministic, to 1), "ddpm", "plms" or "dpm-solver"; see `diffusion`.
             precision: "float32", "bfloat16", or "auto": bfloat16 on a GPU that has it, else float32.
             compiled: sample with a compiled UNet, for many pictures: the first batch of each size waits for the
-                compiler, a minute or several. Where it fails, a warning says why, and it goes on without.
+                compiler, a minute or several. Where it fails, or `attention_maps` is at work, a warning says so, and it
+                goes on without.
             spacing: which timesteps are visited; see `spaced_timesteps`.
 
         Raises:
             UserError: unknown words, a number out of range, or seeds that do not match the prompts.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        several = isinstance(prompts, Iterable) and not isinstance(prompts, str)
+        prompts = list(prompts) if several else [prompts]
         if getattr(seeds, "ndim", None) == 0:  # numpy's and torch's single numbers
             seeds = seeds.item()
-        seeds = list(seeds) if isinstance(seeds, Iterable) else [seeds + i for i in range(len(prompts))]
+        if isinstance(seeds, Integral):
+            seeds = [seeds + i for i in range(len(prompts))]
+        seeds = list(seeds) if isinstance(seeds, Iterable) else [seeds]
         if not prompts or len(seeds) != len(prompts):
             raise UserError(
                 f"Give a seed for each prompt, or one integer: {len(prompts)} prompts, {len(seeds)} seeds."
@@ -159,7 +185,8 @@ class LatentDiffusion(nn.Module):
         def run() -> Iterator[Step]:
             # Gradients are off inside each step, not around the loop: a generator must not change its caller's mode.
             with torch.no_grad():
-                context, null = self.context(prompts), self.context([""] * len(prompts))
+                context = self.context(prompts)
+                null = context if guidance_scale == 1 else self.context([""] * len(prompts))
             network = guided(unet, context, null, guidance_scale)
 
             @torch.no_grad()
@@ -176,8 +203,8 @@ class LatentDiffusion(nn.Module):
 
     def _denoiser(self, precision: str, compiled: bool) -> Denoiser:
         dtype = torch.bfloat16 if uses_bfloat16(self.device, precision) else torch.float32
-        if not compiled:
-            return Denoiser(self.unet)
+        if not compiled or has_hooks(self.unet):
+            return Denoiser(self.unet, compiled)
         if dtype not in self._compiled or not self._compiled[dtype].is_of(self.unet):
             self._compiled[dtype] = Denoiser(self.unet, compiled, dtype)
         return self._compiled[dtype]
@@ -211,17 +238,22 @@ class LatentDiffusion(nn.Module):
         """Everything but the weights, as JSON.
 
         Raises:
-            UserError: a part is one of your own, of which `load` could not know.
+            UserError: a part, or the schedule, is one of your own, of which `load` could not know.
         """
         conditioner = getattr(self.conditioner, "_orig_mod", self.conditioner)  # what torch.compile wraps
         if type(conditioner) is not TextConditioner:
             raise UserError(
                 f"A model with the conditioner {type(conditioner).__name__} cannot be saved: load knows "
-                "TextConditioner alone. Keep the weights with safetensors.torch.save_model."
+                f"TextConditioner alone. {KEEP}"
             )
+        kind = getattr(self.schedule, "kind", type(self.schedule).__name__)
+        if getattr(SCHEDULES.get(kind), "__module__", None) != Schedule.__module__:  # a new process has those alone
+            raise UserError(f"A model with the schedule {kind!r}, your own, cannot be saved: load knows none. {KEEP}")
         schedule = self.schedule.config()
         if not torch.allclose(Schedule(**schedule).alphas_cumprod, self.schedule.alphas_cumprod.double().cpu()):
-            raise UserError(f"A model with an ᾱ of its own cannot be saved: load would take that of {schedule}.")
+            raise UserError(
+                f"A model with an ᾱ of its own cannot be saved: load would take that of {schedule}. {KEEP}"
+            )
         config = {
             "kind": self.kind,
             "first_stage": self.first_stage.description(),

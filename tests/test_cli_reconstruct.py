@@ -79,6 +79,11 @@ def test_reconstruct_refuses(models: SimpleNamespace, here: Path):
     refused(reconstruct(models, "set", "--out", "set"), "overwrite the original")
     refused(reconstruct(models, "set/photo.png", "--out", "set/photo.png"), "overwrite the original")
     refused(reconstruct(models, "set", "--out", "sheet.png"), "must name a folder")
+    photo(here / "jpegs" / "1.jpg")  # its result would have a name of its own
+    refused(reconstruct(models, "jpegs", "--out", "./jpegs"), "holds the originals")
+    photo(here / "classes" / "a" / "1.png")
+    refused(reconstruct(models, "classes", "--out", "classes"), "holds the originals")
+    refused(reconstruct(models, "classes", "--out", "classes/a"), "holds the originals")
     photo(here / "set" / "other.jpg")  # beside a picture that is none of the sources
     (here / "set" / "other.png").write_bytes(before)
     refused(reconstruct(models, "set/other.jpg", "--out", "set"), "overwrite set/other.png", "beside the originals")
@@ -90,6 +95,15 @@ def test_reconstruct_refuses(models: SimpleNamespace, here: Path):
     refused(run("reconstruct", "set", "--checkpoint", "nowhere"), "no checkpoint 'nowhere'")
     refused(run("reconstruct", "set", "--checkpoint", models.text), "autoencoder-kl")
     assert not (here / "results").exists() and (here / "set" / "photo.png").read_bytes() == before
+
+
+def test_pictures_beside_class_folders_hide_those_and_it_is_said(models: SimpleNamespace, here: Path):
+    for name in ("1.png", "cats/1.png", "dogs/1.png"):
+        photo(here / "set" / name)
+    (here / "set" / "notes").mkdir()
+    result = reconstruct(models, "set", "--json")
+    assert json.loads(result.stdout)["images"] == 1
+    assert "Warning: set holds pictures of its own" in result.stderr and "(cats, dogs) are not read" in result.stderr
 
 
 def test_reconstruct_refuses_an_altered_checkpoint(models: SimpleNamespace, here: Path):

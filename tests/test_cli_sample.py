@@ -1,5 +1,6 @@
 """`ldm-edu sample`: what it draws and writes, and what it refuses in words."""
 
+import errno
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,12 +84,29 @@ def test_each_sampler_draws_a_picture_of_its_own(models: SimpleNamespace, here: 
         ([PROMPT, "--out", "sheet.jpg"], ["sheet.jpg", "PNG"]),
         ([PROMPT, "--sampler", "euler"], ["'euler'", "plms, dpm-solver"]),
         ([PROMPT, "--checkpoint", "nowhere"], ["no checkpoint 'nowhere'"]),
+        ([PROMPT, "--checkpoint", "x" * 300], ["no checkpoint 'xxx"]),
+        ([PROMPT, "--checkpoint", "~nobody-at-all/x"], ["no checkpoint '~nobody-at-all/x'", "home"]),
+        ([PROMPT, "--out", "y" * 300], ["File name too long", "yyy"]),
         ([], ["PROMPT"]),
     ],
 )
 def test_sample_refuses(models: SimpleNamespace, here: Path, arguments: list[str], words: list[str]):
     refused(sample(models, *arguments), *words)
     assert os.listdir(here) == []
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_the_drawing(
+    models: SimpleNamespace, here: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("ldm_edu.tasks.text_to_image.draw", lambda *_: pytest.fail("it was drawn"))
+    refused(sample(models, "a green circle", "--out", "pictures"), "'green'")
+    assert os.listdir(here) == []
+
+    def full(folder: Path, **_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    refused(sample(models, PROMPT, "--out", "pictures"), "Error: No space left on device: pictures")
 
 
 def test_sample_refuses_a_first_stage_and_a_file_as_folder(models: SimpleNamespace, here: Path):

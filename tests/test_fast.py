@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm_edu.layers import Attention
 from ldm_edu.runtime import UserError
-from ldm_edu.unet import UNet, UNetConfig
+from ldm_edu.unet import UNet, UNetConfig, attention_maps
 from ldm_edu.unet.fast import Denoiser, keys_and_values
 
 CONFIG = UNetConfig(
@@ -132,6 +132,23 @@ def test_without_a_compiler_it_says_why_and_goes_on(unet: UNet, monkeypatch: pyt
     assert torch.equal(denoiser(z, t, context), first), "the second call does not try, nor warn, again"
     with torch.no_grad():
         torch.testing.assert_close(first, unet(z, t, context))
+
+
+def test_while_maps_are_recorded_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch):
+    """A compiled copy would record nothing, or fail."""
+    monkeypatch.setattr("ldm_edu.unet.fast.compiled", lambda network: network)
+    model = tiny.latent_diffusion()
+
+    def sample(compiled: bool = True) -> Tensor:
+        return model.sample("a red circle", num_steps=2, compiled=compiled)
+
+    for _ in range(2):  # before the model was compiled, and after
+        with attention_maps(model.unet) as maps, pytest.warns(UserWarning, match="without the compiler: .*maps"):
+            answer = sample()
+        assert len(maps) == 2 * len(keys_and_values(model.unet, torch.zeros(1, 8, 16))) > 0
+        torch.testing.assert_close(answer, sample(compiled=False))
+        torch.testing.assert_close(answer, sample())
+    assert len(model._compiled) == 1
 
 
 def test_a_mistake_of_the_caller_is_not_the_compilers(unet: UNet):

@@ -99,7 +99,7 @@ def test_no_kind_is_taken_for_another(kind: str, tmp_path: Path):
 
 def test_what_is_no_first_stage_is_named():
     for name, kind in (("shapes-text", "latent-diffusion"), ("perceptual", "perceptual")):
-        with pytest.raises(UserError, match=f"'{kind}'; asked for was (.* or ){{2}}"):
+        with pytest.raises(UserError, match=f"^The checkpoint .* is a '{kind}'; asked for was (.* or ){{2}}"):
             FirstStage.load(name)
     with pytest.raises(UserError, match="no checkpoint 'nothing'"):
         FirstStage.load("nothing")

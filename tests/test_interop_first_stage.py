@@ -128,7 +128,7 @@ def test_a_folder_that_cannot_be_read_is_described(tmp_path: Path):
     with pytest.raises(UserError, match="AutoencoderTiny"):
         load_diffusers_first_stage(tmp_path)
     weights.rename(tmp_path / "diffusion_pytorch_model.bin")
-    with pytest.raises(UserError, match="safetensors: No such file.*Pickle"):
+    with pytest.raises(UserError, match="safetensors: No such file.*pickle"):
         load_diffusers_first_stage(tmp_path)
 
 

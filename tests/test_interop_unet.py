@@ -92,8 +92,10 @@ def test_a_folder_of_diffusers(tmp_path: Path):
     model.save_pretrained(tmp_path)
     assert equal(unet_to_diffusers(load_diffusers_unet(tmp_path))[1], model.state_dict())
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(UserError, match="safetensors: No such file"):
-        load_diffusers_unet(tmp_path)
+    for other in ({"variant": "fp16"}, {"max_shard_size": "20KB"}):
+        model.save_pretrained(tmp_path, **other)
+        with pytest.raises(UserError, match="safetensors: No such file.*Variants .* and shards"):
+            load_diffusers_unet(tmp_path)
 
 
 NOW, WEIGHTS = unet_to_diffusers(ours(SMALL))

@@ -197,6 +197,10 @@ def test_the_steps_of_a_model(model: LatentDiffusion):
         (dict(sampler="euler"), "'euler'.*ddim, ddpm, plms, dpm-solver"),
         (dict(sampler="plms", eta=0.5), "eta belongs to ddim.*plms.*0.5"), (dict(seeds=[1, 2]), "1 prompts, 2 seeds"),
         (dict(seeds=[]), "0 seeds"), (dict(prompts=[]), "0 prompts"), (dict(precision="fp8"), "'fp8'"),
+        (dict(seeds=None), r"Seeds are integers .*\[None\]"), (dict(seeds=torch.Generator()), "Seeds are integers"),
+        (dict(seeds=1.5), r"Seeds are integers .*\[1.5\]"), (dict(num_steps="25"), "1000; it is '25'"),
+        (dict(num_steps=None), "1000; it is None"), (dict(prompts=None), "A caption is a text, not None"),
+        (dict(prompts=7), "A caption is a text, not 7"), (dict(prompts=["a red star", None], seeds=0), "not None"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_named_before_anything_runs(model: LatentDiffusion, arguments: dict, words: str):

@@ -21,6 +21,7 @@ from ldm_edu.interop import schedule_from_diffusers
 from ldm_edu.layers import Attention
 from ldm_edu.pipeline import LatentDiffusion
 from ldm_edu.runtime import PictureNoise, UserError
+from ldm_edu.training.diffusion import DiffusionObjective
 from ldm_edu.unet import UNet, UNetConfig
 from ldm_edu.unet.fast import Denoiser
 from ldm_edu.widgets import AttentionExplorer, LossCurve, TimestepSlider
@@ -123,6 +124,11 @@ def test_other_refusals_of_schedules_and_steps():
         ({"channels": 9, "groups": 1, "heads": 1}, "channels must be even"), ({"num_classes": 0}, "1 or None, not 0"),
         ({"context_channels": 0}, "context_channels must be"), ({"attention_levels": (4, 2, 1)}, r"\(4, 2, 1\)"),
         ({"attention_levels": (-1,)}, r"\(-1,\)"), ({"transformer_depth": (1,)}, "transformer_depth"),
+        ({"channel_multipliers": (1, 0)}, r"at least 1; they are \(1, 0\)"), ({"channels": 8.0}, "integer, not 8.0"),
+        ({"channel_multipliers": (1, 1.5)}, r"are integers.*\(1, 1.5\)"), ({"in_channels": 0}, "in_channels must be"),
+        ({"channel_multipliers": (1, -1)}, r"\(1, -1\)"), ({"out_channels": 0}, "out_channels must be at least 1"),
+        ({"head_channels": 0}, "head_channels must be at least 1 or None, not 0"),
+        ({"num_classes": 2.0}, "num_classes must be an integer or None, not 2.0"),
     ],
 )  # fmt: skip
 def test_the_shape_of_a_unet(change: dict[str, object], words: str):
@@ -150,11 +156,17 @@ def test_what_a_unet_is_given(given: dict[str, tuple[int, ...]], words: str, com
         call(**{n: torch.zeros(s, dtype=torch.long if n in ("t", "labels") else None) for n, s in shapes.items()})
 
 
+@pytest.mark.parametrize("share", [2.0, -1.0, float("nan")])
+def test_the_share_of_dropped_conditions(share: float):
+    with pytest.raises(UserError, match=f"from 0 to 1; it is {share}"):
+        DiffusionObjective(tiny.latent_diffusion(), share)
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
         ({"in_channels": 4}, "give it in_channels and out_channels 2"), ({"out_channels": 4}, "out_channels 2"),
-        ({"context_channels": 12}, r"context_channels 16 \(not 12\)"), ({"context_channels": None}, "not None"),
+        ({"context_channels": 12}, r"context_channels 16 \(not 12\)"), ({"context_channels": None}, "length=1"),
         ({"num_classes": 5}, "no num_classes"),
     ],
 )  # fmt: skip

@@ -18,12 +18,15 @@ from torch import Tensor, nn
 
 from ldm_edu import checkpoint, training
 from ldm_edu.autoencoder import AutoencoderKL, FirstStageObjective
+from ldm_edu.conditioning import TextConditioner
+from ldm_edu.diffusion import Schedule
 from ldm_edu.pipeline import LatentDiffusion
 from ldm_edu.runtime import UserError
 from ldm_edu.training import fit, recipes
 from ldm_edu.training.diffusion import DiffusionObjective, DiffusionSettings, encode_all, train_diffusion
 from ldm_edu.training.recipes import shapes_kl_f4, shapes_text, spaces
 from ldm_edu.training.state import load_state, save_state
+from ldm_edu.unet import UNet
 
 HERE = Path(__file__).parent
 TINY = "steps=5 batch_size=2 warmup=2 log_every=1 save_every=1"
@@ -175,12 +178,60 @@ def test_a_new_run_takes_no_old_latents(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "shape, count, words", [((40, 3, 16, 32), 40, "square.*16 × 32"), ((40, 3, 16, 16), 3, "there are 3")]
-)
-def test_what_a_diffusion_model_cannot_learn_from(shape: tuple, count: int, words: str):
-    settings, pictures = DiffusionSettings(steps=1, pictures=40, batch_size=2, log_every=1), torch.zeros(shape)
+    "changes, words",
+    [
+        ({"pictures": torch.zeros(40, 3, 16, 32)}, "square.*16 × 32"), ({"captions": ["a"] * 3}, "there are 3"),
+        ({"captions": ["a"] * 39 + ["a dog"]}, "never saw 'dog'"), ({"prediction": "v"}, "predicts 'v', but .* 'eps'"),
+        ({"pictures": torch.full((40, 3, 16, 16), 255.0)}, "reach 255.*/ 127.5 - 1"),
+    ],
+)  # fmt: skip
+def test_what_a_diffusion_model_cannot_learn_from(changes: dict, words: str, tmp_path: Path):
+    given = {"pictures": torch.zeros(40, 3, 16, 16), "captions": ["a"] * 40, "prediction": "eps"} | changes
+    settings = DiffusionSettings(steps=1, pictures=40, batch_size=2, log_every=1, prediction=given["prediction"])
+    asked = []
+
+    def get_images(index: Tensor) -> Tensor:
+        asked.extend(index)
+        return given["pictures"][index]
+
     with pytest.raises(UserError, match=words):
-        train_diffusion("it", tiny.latent_diffusion(), settings, pictures.__getitem__, ["a"] * count, "", None)
+        train_diffusion("it", tiny.latent_diffusion(), settings, get_images, given["captions"], "", tmp_path / "run")
+    assert "reach" in words or (len(asked) <= 1 and not list(tmp_path.iterdir())), "before all are encoded"
+
+
+def test_a_run_goes_on_with_the_model_captions_and_pictures_that_it_began_with(tmp_path: Path):
+    settings = DiffusionSettings(steps=4, pictures=8, batch_size=2, log_every=1, save_every=2)
+    pictures = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    def run(resume: bool = True, on_step: object = None, **changes: object) -> None:
+        model, shape = tiny.latent_diffusion(), tiny.UNET
+        model.unet = UNet(replace(shape, heads=changes.get("heads", shape.heads)))
+        model.schedule = Schedule(**changes.get("schedule", {}))
+        if changes.get("words"):
+            model.conditioner = TextConditioner.from_words(changes["words"], length=8, channels=16, layers=2, heads=2)
+        images, captions = changes.get("pictures", pictures), changes.get("captions", ["a star"] * 8)
+        train_diffusion("it", model, settings, images.__getitem__, captions, "", tmp_path / "run", resume, on_step)
+
+    with pytest.raises(Stopped):
+        run(False, stop_at(3))
+    for changes, words in (
+        ({"schedule": {"T": 100}}, r"other settings \(schedule\)"), ({"heads": 4}, r"other settings \(unet\)"),
+        ({"captions": ["a star"] * 7 + ["a red star"]}, r"other settings \(captions\)"),
+        ({"words": [*tiny.WORDS[:-2], "star", "red"]}, r"other settings \(captions, conditioner\)"),
+        ({"pictures": pictures.flip(0)}, "run.latents.safetensors are of other pictures"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run(**changes)
+    (state,) = (tmp_path / "run").glob("step-*/state.json")
+    whole = json.loads(state.read_text())
+    old = whole | {"settings": {k: v for k, v in whole["settings"].items() if k != "captions"}}
+    state.write_text(json.dumps(old))
+    with pytest.raises(UserError, match=r"other settings \(captions: not recorded\)"):
+        run()
+    state.write_text(json.dumps(whole))
+    run()
+    card = (tmp_path / "run/checkpoint/README.md").read_text()
+    assert "# it" in card and "Command" not in card, "no recipe is called so"
 
 
 # killed

@@ -221,6 +221,14 @@ def test_a_run_is_not_resumed_with_other_settings_or_another_model(tmp_path: Pat
     assert after[1] == before[1] and all(torch.equal(after[0][n], before[0][n]) for n in before[0])
 
 
+def test_what_ends_is_in_evaluation_and_frozen_through_there_is_nothing_to_train():
+    line = Line()
+    fit(line, three_numbers, SHORT)
+    assert not line.training and not line.line.training
+    with pytest.raises(UserError, match="nothing to train"):
+        fit(line.requires_grad_(False), three_numbers, SHORT)
+
+
 @pytest.mark.parametrize("name", ["state.json", "state.safetensors"])
 def test_a_damaged_state_is_named(name: str, tmp_path: Path):
     fit(Line(), three_numbers, SHORT, tmp_path / "out")

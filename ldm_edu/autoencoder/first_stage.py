@@ -125,7 +125,7 @@ class FirstStage(nn.Module):
         """
         kinds = {cls.kind: cls} if cls is not FirstStage else _kinds()
         if description["kind"] not in kinds:
-            raise UserError(
+            raise checkpoint.CheckpointError(
                 f"The checkpoint {folder} is a {description['kind']!r}; asked for was {' or '.join(kinds)}."
             )
         chosen = kinds[description["kind"]]

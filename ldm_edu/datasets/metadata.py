@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,8 @@ class Entry:
 def list_pictures(folder: str | Path) -> list[Entry]:
     """The pictures of `folder`, in an order that depends on their names only (with metadata: on its lines).
 
-    Files that metadata.jsonl names and that are not there are skipped and named in one warning.
+    Files that metadata.jsonl names and that are not there are skipped and named in one warning. Without it, sub-folders
+    are classes, unless pictures lie beside them: then these alone are read, and a warning names the sub-folders.
 
     Raises:
         UserError: the folder is missing or without pictures, or its metadata.jsonl cannot be used.
@@ -42,7 +43,14 @@ def list_pictures(folder: str | Path) -> list[Entry]:
         return _from_metadata(folder)
     if (folder / "metadata.csv").is_file():
         raise UserError(f"{folder} has metadata.csv; write it as {METADATA}, one JSON object a line.")
-    entries = [Entry(path) for path in _pictures_in(folder)] or _from_class_folders(folder)
+    entries = [Entry(path) for path in _pictures_in(folder)]
+    if entries and (unread := [path.name for path in _subfolders(folder) if _pictures_in(path)]):
+        warnings.warn(
+            f"{folder} holds pictures of its own, so those in its sub-folders ({_names(unread)}) are not read. Move "
+            "its own away, and the sub-folders are classes.",
+            stacklevel=2,
+        )
+    entries = entries or _from_class_folders(folder)
     if not entries:
         kinds = " ".join(sorted(SUFFIXES))
         raise UserError(f"{folder} holds no pictures ({kinds}), and neither do its sub-folders.")
@@ -58,8 +66,12 @@ def is_picture(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
 def _from_class_folders(folder: Path) -> list[Entry]:
-    subfolders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    subfolders = _subfolders(folder)
     with_metadata = [str(path) for path in subfolders if (path / METADATA).is_file()]
     if with_metadata:  # FOLDER/train, FOLDER/test: splits, which must not be taken for classes
         raise UserError(f"{folder} holds several data sets. Name one of them: {', '.join(with_metadata)}")
@@ -132,6 +144,6 @@ def warn_skipped(paths: Iterable[Path], reason: str) -> None:
     warnings.warn(f"Skipped {len(paths)} {plural} ({reason}): {_names(paths)}.", stacklevel=3)
 
 
-def _names(paths: list[Path], most: int = 10) -> str:
+def _names(paths: Sequence[Path | str], most: int = 10) -> str:
     rest = len(paths) - most
     return ", ".join(str(path) for path in paths[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ldm_edu.runtime import UserError
+
 
 def guided(
     predict: Callable[[Tensor, Tensor, Tensor], Tensor], context: Tensor, null_context: Tensor, scale: float
@@ -17,11 +19,20 @@ def guided(
 
     Args:
         predict: the network, `(z, t, context) -> prediction`.
-        context, null_context: both `(B, M, d)`, with the condition and without.
+        context, null_context: both `(B, M, d)`, with the condition and without. (Or with another one to go away from:
+            a *negative prompt*.)
         scale: s; 1 is no guidance.
+
+    Raises:
+        UserError: contexts of two shapes.
     """
     if scale == 1:
         return lambda z, t: predict(z, t, context)
+    if context.shape != null_context.shape:
+        raise UserError(
+            f"Guidance takes two contexts of one shape; with the condition it is {tuple(context.shape)}, without it "
+            f"{tuple(null_context.shape)}. Fill captions up to one length."
+        )
     both = torch.cat([null_context, context])
 
     def denoise(z: Tensor, t: Tensor) -> Tensor:

@@ -171,6 +171,8 @@ def output_paths(source: Path, paths: Sequence[Path], out: Path) -> dict[Path, P
             raise UserError(f"{out} would overwrite the original {place}. Name another place.")
         if place != out and place.exists() and place.parent.resolve() == paths[0].parent.resolve():
             raise UserError(f"{out} would overwrite {place}, which lies beside the originals. Name another place.")
+    if source.is_dir() and out.resolve() in {source.resolve(), *(path.parent for path in originals)}:
+        raise UserError(f"{out} holds the originals, and the results would lie among them. Name another place.")
     return places
 
 

@@ -95,7 +95,7 @@ def with_new_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_folder(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json and the tensors of a model in diffusers' format.
+    """config.json and the tensors of a model in diffusers' format, in one file without a variant.
 
     Raises:
         UserError: config.json or diffusion_pytorch_model.safetensors is missing or damaged.
@@ -107,8 +107,9 @@ def read_folder(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except OSError as error:
         raise UserError(
             f"Cannot read {error.filename}: {error.strerror}. A model in diffusers' format is a folder (a pipeline's "
-            "vae, vqvae or unet) with config.json and diffusion_pytorch_model.safetensors. Pickle (.bin) is not read, "
-            "as it can run code: let diffusers save the model as safetensors."
+            "vae, vqvae or unet) with config.json and diffusion_pytorch_model.safetensors. Variants (.fp16) and shards "
+            "(-00001-of-00002) are not read, nor pickle (.bin), as it can run code: let diffusers save the model as "
+            "safetensors, without a variant and with a max_shard_size above its size."
         ) from error
     except (ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"A file in {path} is damaged: {error}. Fetch the folder again.") from error

@@ -27,18 +27,20 @@ def hardware() -> str:
 
 
 def model_card(name: str, about: str, settings: Settings, history: History, model: nn.Module) -> str:
-    """The README.md of a checkpoint, in Markdown."""
+    """The README.md of a checkpoint, in Markdown. With the command that makes it, if `name` is a recipe's."""
+    from ldm_edu.training import recipes  # these import this module
+
     parameters = sum(p.numel() for p in model.parameters())
     last = history.rows[-1] if history.rows else {}
     rows = "\n".join(f"| {k} | {v} |" for k, v in asdict(settings).items())
+    command = f"- Command: `ldm-edu train {name}`\n" if name in recipes.names() else ""
     readings = "\n".join(f"| {k} | {v} |" for k, v in last.items())
     return f"""# {name}
 
 {about}
 
 - Parameters: {parameters:,}, stored in half precision; the averaged (EMA) weights.
-- Command: `ldm-edu train {name}`
-- Trained in {history.seconds / 60:.1f} minutes on {hardware()}, precision {history.precision}, \
+{command}- Trained in {history.seconds / 60:.1f} minutes on {hardware()}, precision {history.precision}, \
 torch {torch.__version__}.
 
 | setting | value |

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from ldm_edu.runtime import UserError, has_fast_bfloat16, pick_device, progress
 from ldm_edu.training.muon import Muon
 from ldm_edu.training.settings import Settings
-from ldm_edu.training.state import History, load_state, save_state, saving
+from ldm_edu.training.state import History, load_state, save_state, saving, started_with
 
 GetBatch = Callable[[torch.Generator], Any]
 OnStep = Callable[[int, dict[str, float]], None]
@@ -66,22 +65,27 @@ def fit(
     on_step: OnStep | None = None,
     desc: str = "training",
 ) -> History:
-    """Train `objective`'s weights in place; at the end they are the averaged ones.
+    """Train `objective`'s weights in place; at the end they are the averaged ones, and all of it is in evaluation mode.
 
     Args:
         get_batch: a batch on the training device, drawn with the generator that it is given.
         out: where to save states and `history.csv`; None to save nothing.
-        resume: go on from the newest state in `out`. On a CPU, bit for bit as if the run had never stopped.
+        resume: go on from the newest state in `out`. On a CPU, bit for bit as if the run had never stopped. Settings
+            must be those that it was started with, and so must `objective.facts`, where it has them: a dict of what
+            else the run depends on, such as `DiffusionObjective` has.
         on_step: called every `log_every` steps with the step and the mean readings since the last call.
 
     Returns:
         The history.
 
     Raises:
-        UserError: the loss is no longer finite, `out` holds a run and `resume` is not set, or cannot be written.
+        UserError: no weight to train, a loss that is no longer finite, a run in `out` without `resume` or one that was
+            started otherwise, or an `out` that cannot be written.
     """
     device = pick_device()
     players = _players(objective)
+    if not players[0]:
+        raise UserError("There is nothing to train: no weight of the objective has requires_grad set.")
     accelerator = _accelerator(settings, device, idle=len(players) > 1)
     if out is not None:
         out = Path(out)
@@ -135,12 +139,13 @@ def fit(
             if on_step:
                 on_step(done, means)
         if out and main and (done % settings.save_every == 0 or done == settings.steps):
-            scalars = {"settings": asdict(settings), "seconds": seconds + time.monotonic() - began}
+            scalars = {"settings": started_with(settings, objective), "seconds": seconds + time.monotonic() - began}
             save_state(out, done, objective, ema, optimizer, scalars)
     bar.close()
     with torch.no_grad():
         for weight, average in zip(weights, ema, strict=True):
             weight.copy_(average)
+    objective.eval()
     history.seconds = seconds + time.monotonic() - began
     history.precision = accelerator.mixed_precision
     return history

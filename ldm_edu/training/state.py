@@ -34,6 +34,11 @@ def saving(path: Path) -> Iterator[None]:
         ) from error
 
 
+def started_with(settings: Settings, objective: nn.Module) -> dict[str, Any]:
+    """What a run is not resumed without: the settings, and the `facts` of an objective that has them."""
+    return asdict(settings) | getattr(objective, "facts", {})
+
+
 def save_state(
     out: Path,
     step: int,
@@ -80,7 +85,7 @@ def load_state(
     """Take up the newest saved state; None where there is none yet.
 
     Raises:
-        UserError: it was made with other settings, for another model, or is damaged.
+        UserError: it was made with other settings or facts, or without one of them; for another model; or is damaged.
     """
     folders = saved_steps(out)
     if not folders:
@@ -92,9 +97,10 @@ def load_state(
         raise UserError(
             f"The saved state {folders[-1]} is damaged ({error}). Choose another --out and start again."
         ) from error
-    own = json.loads(to_json(asdict(settings)))
-    if scalars["settings"] != own:
-        changed = [k for k in own if scalars["settings"].get(k) != own[k]]
+    own, theirs = json.loads(to_json(started_with(settings, model))), scalars["settings"]
+    if theirs != own:
+        other = [k for k in own | theirs if theirs.get(k) != own.get(k)]
+        changed = [k if k in theirs else f"{k}: not recorded" for k in other]
         raise UserError(
             f"The run in {out} was started with other settings ({', '.join(changed)}); resume it with the same ones, "
             "or choose another --out."

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm_edu.layers.attention import Attention, KeyValue
+from ldm_edu.layers.attention import Attention, Context, KeyValue
 from ldm_edu.unet.transformer import TransformerBlock
 from ldm_edu.unet.unet import UNet
 
 NUMBERS = itertools.count()
+OURS = ("ldm_edu.unet.", "ldm_edu.layers.", "torch.nn.")  # where the parts come from that take K and V for a context
 
 
 def keys_and_values(unet: UNet, context: Tensor) -> dict[Attention, KeyValue]:
@@ -56,12 +57,18 @@ def compiled(network: nn.Module) -> Callable[..., Any]:
     return call
 
 
+def has_hooks(network: nn.Module) -> bool:
+    """Whether anything listens to its calls, as `attention_maps` does."""
+    return any(module._forward_pre_hooks or module._forward_hooks for module in network.modules())
+
+
 class Denoiser:
     """`(z, t, context) -> prediction` for the many calls of a sampling loop, without gradients.
 
-    As long as it gets the same context, its K and V are computed once. Compiled (see `compiled`), it works on a copy of
-    the weights, and the first call with a new shape takes a minute or several. Where the compiler fails, a warning says
-    why, and the calls run as they would have without it.
+    As long as it gets the same context, its K and V are computed once; a network of your own, or with a part that is,
+    is given the context itself. Compiled (see `compiled`), it works on a copy of the weights, and the first call with a
+    new shape takes a minute or several. Where the compiler fails, a warning says why, and the calls run as they would
+    have without it; so do they where the network has hooks, which nobody would hear from a copy.
 
     Args:
         dtype: of the compiled network's weights and activations.
@@ -69,6 +76,11 @@ class Denoiser:
 
     def __init__(self, unet: UNet, compile: bool = False, dtype: torch.dtype = torch.float32) -> None:
         self.unet, self._kept = unet, None  # the last context, and its K and V
+        own = getattr(unet, "_orig_mod", unet)  # what torch.compile wraps
+        self._keeps = type(own) is UNet and all(type(part).__module__.startswith(OURS) for part in own.modules())
+        if compile and has_hooks(unet):
+            warnings.warn("Sampling without the compiler: hooks (of attention_maps?) listen to the UNet.", stacklevel=2)
+            compile = False
         self._programs: dict[Any, Callable[..., Any]] | None = {} if compile else None
         if compile:
             self.unet = copy.deepcopy(unet).eval().requires_grad_(False).to(dtype)
@@ -87,22 +99,24 @@ class Denoiser:
     @torch.no_grad()
     def __call__(self, z: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
         """`z` (B, c, h, w), `t` (B,), `context` (B, M, d): the prediction, in single precision."""
-        self.unet.check(z, t, context)
-        dtype = self.unet.conv_in.weight.dtype
+        if isinstance(getattr(self.unet, "_orig_mod", self.unet), UNet):
+            self.unet.check(z, t, context)
+        dtype = next(self.unet.parameters()).dtype
         kept = None if context is None else self._project(context, dtype)
         shapes = z.shape, None if context is None else context.shape
         # In one memory order, whichever the sampler left: another would be compiled for again.
         output = self._answer(z.to(dtype).contiguous(), t, kept, shapes)
         return output.to(torch.float32, copy=True)  # the next call of a CUDA graph writes to the same memory
 
-    def _project(self, context: Tensor, dtype: torch.dtype) -> dict[Attention, KeyValue]:
+    def _project(self, context: Tensor, dtype: torch.dtype) -> Context:
         version = None if context.is_inference() else context._version  # rises when it is written into
         last = self._kept  # read once, written whole: another thread may be sampling, too
         if last is None or last[0] is not context or last[1] != version:
-            self._kept = last = context, version, keys_and_values(self.unet, context.to(dtype))
+            given = context.to(dtype)
+            self._kept = last = context, version, keys_and_values(self.unet, given) if self._keeps else given
         return last[2]
 
-    def _answer(self, z: Tensor, t: Tensor, kept: dict[Attention, KeyValue] | None, shapes: Any) -> Tensor:
+    def _answer(self, z: Tensor, t: Tensor, kept: Context, shapes: Any) -> Tensor:
         if self._programs is None:
             return self.unet(z, t, kept)
         try:

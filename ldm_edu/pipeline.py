@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,9 @@ class LatentDiffusion(nn.Module):
 
     @torch.no_grad()
     def to_image(self, latents: Tensor) -> Tensor:
-        """Scaled latents to pictures `(B, 3, H, W)` in [-1, 1], on the CPU."""
+        """Scaled latents `(B, c, h, w)` to pictures `(B, 3, H, W)` in [-1, 1], on the CPU."""
+        if latents.ndim != 4 or latents.shape[1] != self.latent_shape[0]:
+            raise UserError(f"Latents are (B, {self.latent_shape[0]}, h, w); these are {tuple(latents.shape)}.")
         scaled = latents.to(next(self.unet.parameters())) / self.latent_scale
         parts = [self.first_stage.decode(part) for part in scaled.split(64)]
         return torch.cat(parts).float().clamp(-1, 1).cpu()
@@ -164,14 +166,10 @@ class LatentDiffusion(nn.Module):
             seeds = [seeds + i for i in range(len(prompts))]
         seeds = list(seeds) if isinstance(seeds, Iterable) else [seeds]
         if not prompts or len(seeds) != len(prompts):
-            raise UserError(
-                f"Give a seed for each prompt, or one integer: {len(prompts)} prompts, {len(seeds)} seeds."
-            )
-        if not 0 <= guidance_scale <= 100:
-            raise UserError(
-                f"The guidance scale lies between 0 and 100 (1 is none, 3 usual); it is {guidance_scale}."
-            )
-        if not 0 <= eta <= 1:
+            raise UserError(f"Give a seed for each prompt, or one integer: {len(prompts)} prompts, {len(seeds)} seeds.")
+        if not (isinstance(guidance_scale, Real) and 0 <= guidance_scale <= 100):
+            raise UserError(f"The guidance scale lies between 0 and 100 (1 is none); it is {guidance_scale!r}.")
+        if not (isinstance(eta, Real) and 0 <= eta <= 1):
             raise UserError(f"eta lies between 0 (deterministic) and 1 (ancestral); it is {eta}.")
         if sampler not in SAMPLERS:
             raise UserError(f"There is no sampler {sampler!r}; there are {', '.join(SAMPLERS)}.")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -199,7 +200,9 @@ def test_the_steps_of_a_model(model: LatentDiffusion):
         (dict(seeds=[]), "0 seeds"), (dict(prompts=[]), "0 prompts"), (dict(precision="fp8"), "'fp8'"),
         (dict(seeds=None), r"Seeds are integers .*\[None\]"), (dict(seeds=torch.Generator()), "Seeds are integers"),
         (dict(seeds=1.5), r"Seeds are integers .*\[1.5\]"), (dict(num_steps="25"), "1000; it is '25'"),
-        (dict(num_steps=None), "1000; it is None"), (dict(prompts=None), "A caption is a text, not None"),
+        (dict(guidance_scale=None), "it is None"), (dict(guidance_scale="3"), "it is '3'"),
+        (dict(eta=None), "it is None"), (dict(num_steps=None), "1000; it is None"),
+        (dict(prompts=None), "A caption is a text, not None"),
         (dict(prompts=7), "A caption is a text, not 7"), (dict(prompts=["a red star", None], seeds=0), "not None"),
     ],
 )  # fmt: skip
@@ -245,6 +248,12 @@ def test_a_model_made_without_autograd_draws_the_same():
     with torch.inference_mode():
         images = tiny.latent_diffusion().sample(PROMPTS[:2], num_steps=2)
     torch.testing.assert_close(images, tiny.latent_diffusion().sample(PROMPTS[:2], num_steps=2))
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 16), (1, 3, 16, 16), (64, 2)])
+def test_latents_of_another_shape_are_refused(model: LatentDiffusion, shape: tuple[int, ...]):
+    with pytest.raises(UserError, match=r"Latents are \(B, 2, h, w\); these are " + re.escape(str(shape))):
+        model.to_image(torch.zeros(shape))
 
 
 def test_half_a_model_encodes_and_decodes():

@@ -273,8 +273,9 @@ def evaluate(
     from ldm_edu.pipeline import LatentDiffusion
 
     result = faithfulness(LatentDiffusion.load(names[0]), captions=captions, seed=seed)
-    words = [f"{group:>10} {share:6.1%}" for group, share in result["faithfulness"].items()]
-    words.append(f"{result['captions']} captions a group, seed {result['seed']}")
+    shares = {k: "none asked" if v is None else f"{v:6.1%}" for k, v in result["faithfulness"].items()}
+    words = [f"{group:>10} {share}" for group, share in shares.items()]
+    words.append(f"{result['captions']} captions a group (no_colours: those of two shapes), seed {result['seed']}")
     typer.echo(json.dumps(result, allow_nan=False) if as_json else "\n".join(words))
 
 

@@ -35,8 +35,8 @@ class LatentDiffusion(nn.Module):
 
     Args:
         first_stage: frozen here and always in evaluation, since it is trained no further.
-        unet: `(z, t, context)` to a prediction of z's shape. A module of your own needs a `config`, a `UNetConfig` that
-            says how many channels it takes and gives, how wide the context is, and how often it halves its input.
+        unet: `(z, t, context)` to a prediction of z's shape. One of your own needs weights and a `config`,
+            a `UNetConfig`: how many channels it takes and gives, how wide the context is, how often it halves z.
         conditioner: `tokenize(list of captions)` gives tokens, a tensor with a row for each, all rows of one shape, and
             for "" the empty condition. Called with them, it gives the context `(B, M, d)`. It may say d in `channels`.
             For a model without a condition: `TextConditioner.from_words([], length=1)`, and "" for every caption.
@@ -168,7 +168,7 @@ class LatentDiffusion(nn.Module):
         if not prompts or len(seeds) != len(prompts):
             raise UserError(f"Give a seed for each prompt, or one integer: {len(prompts)} prompts, {len(seeds)} seeds.")
         if not (isinstance(guidance_scale, Real) and 0 <= guidance_scale <= 100):
-            raise UserError(f"The guidance scale lies between 0 and 100 (1 is none); it is {guidance_scale!r}.")
+            raise UserError(f"The guidance scale is a plain number, 0 to 100 (1 is none); it is {guidance_scale!r}.")
         if not (isinstance(eta, Real) and 0 <= eta <= 1):
             raise UserError(f"eta lies between 0 (deterministic) and 1 (ancestral); it is {eta}.")
         if sampler not in SAMPLERS:

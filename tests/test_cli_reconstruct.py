@@ -125,7 +125,7 @@ def test_the_stand_in_below_is_called_as_the_real_one():
 def faithful(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     """A stand-in for the measurement of caption faithfulness, which takes minutes."""
     calls: list[dict] = []
-    shares = {"one": 0.97, "two": 0.84, "no_colours": 0.7, "held_out": 0.8, "ceiling": 0.99, "shuffled": 0.01}
+    shares = {"one": 0.97, "two": 0.84, "no_colours": None, "held_out": 0.8, "ceiling": 0.99, "shuffled": 0.01}
 
     def evaluate(model: object, **options: int) -> dict:
         calls.append(options)
@@ -145,7 +145,7 @@ def test_evaluate_a_text_model(models: SimpleNamespace, faithful: list[dict]):
         and faithful == [{"captions": 512, "seed": report["seed"]}]
     )
     words = run("evaluate", models.text, "--captions", 8).stdout
-    assert "held_out" in words and "97.0%" in words and "8 captions" in words
+    assert "held_out" in words and "97.0%" in words and "8 captions" in words and "no_colours none asked" in words
 
 
 def test_evaluate_a_first_stage(models: SimpleNamespace, here: Path):

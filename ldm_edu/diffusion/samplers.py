@@ -154,7 +154,7 @@ def plms(
     are mixed whatever the network predicts.
 
     It wants small steps: a mix of four noises overshoots and swings where a step takes more than 2 / (1 + 20 κ / 3)
-    of the noise left, with κ = 1 without guidance and 1.4 to 3.4 at guidance 3 (notebook 07, section 7). On
+    of the noise left, with κ = 1 without guidance and up to about 3 at guidance 3 (notebook 07, section 7). On
     `shapes-text`, at guidance 3, 8 steps drew next to nothing that was asked for, 25 were as good as DDIM's.
     """
     z = z0 = noise

@@ -29,7 +29,7 @@ def spaced_timesteps(T: int, num_steps: int, spacing: str = "trailing") -> list[
         UserError: a number of steps outside 1 .. T, or an unknown spacing.
     """
     if not (isinstance(num_steps, Real) and 1 <= num_steps <= T and num_steps == int(num_steps)):
-        raise UserError(f"The number of steps is an integer between 1 and {T}; it is {num_steps!r}.")
+        raise UserError(f"The number of steps is a plain integer between 1 and {T}; it is {num_steps!r}.")
     num_steps = int(num_steps)
     if spacing == "trailing":
         return [round(T * (1 - i / num_steps)) - 1 for i in range(num_steps)]

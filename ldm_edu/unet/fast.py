@@ -77,6 +77,7 @@ class Denoiser:
     def __init__(self, unet: UNet, compile: bool = False, dtype: torch.dtype = torch.float32) -> None:
         self.unet, self._kept = unet, None  # the last context, and its K and V
         own = getattr(unet, "_orig_mod", unet)  # what torch.compile wraps
+        self._checks = isinstance(own, UNet)
         self._keeps = type(own) is UNet and all(type(part).__module__.startswith(OURS) for part in own.modules())
         if compile and has_hooks(unet):
             warnings.warn("Sampling without the compiler: hooks (of attention_maps?) listen to the UNet.", stacklevel=2)
@@ -99,7 +100,7 @@ class Denoiser:
     @torch.no_grad()
     def __call__(self, z: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
         """`z` (B, c, h, w), `t` (B,), `context` (B, M, d): the prediction, in single precision."""
-        if isinstance(getattr(self.unet, "_orig_mod", self.unet), UNet):
+        if self._checks:
             self.unet.check(z, t, context)
         dtype = next(self.unet.parameters()).dtype
         kept = None if context is None else self._project(context, dtype)

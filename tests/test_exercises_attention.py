@@ -9,13 +9,8 @@ import torch
 from graded import refusals
 from torch import Tensor, nn
 
-from ldm_edu.exercises.attention import (
-    check_attention,
-    check_geglu,
-    check_timestep_embedding,
-    check_word_overlap,
-    check_zero_output,
-)
+from ldm_edu.exercises.attention import check_attention, check_geglu, check_word_overlap
+from ldm_edu.exercises.unet import check_timestep_embedding, check_zero_output
 from ldm_edu.layers import ResidualBlock
 
 CHECKS = {

@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from ldm_edu import __version__
 from ldm_edu.parts import uncompiled
 from ldm_edu.runtime import REPOSITORY, UserError
 
@@ -71,19 +71,15 @@ def find_by_fingerprint(sha256: str) -> Path:
     Raises:
         CheckpointError: none has.
     """
-    if folder := _committed(sha256):
+    if folder := committed(sha256):
         return folder
     raise CheckpointError(
         f"No committed checkpoint has the weights {sha256[:12]}…, which this model's first stage needs."
     )
 
 
-def is_committed(sha256: str) -> bool:
-    """Whether `find_by_fingerprint` finds these weights."""
-    return _committed(sha256) is not None
-
-
-def _committed(sha256: str) -> Path | None:
+def committed(sha256: str) -> Path | None:
+    """The committed checkpoint whose weights have this fingerprint, if there is one."""
     for name in names():
         with settings_of(HOME / name):
             if json.loads((HOME / name / "config.json").read_text()).get("sha256") == sha256:
@@ -166,7 +162,7 @@ def write(
     weights = save(_stored(tensors))
     full = {
         "format": FORMAT,
-        "version": version("ldm-edu"),
+        "version": __version__,
         **config,
         "sha256": hashlib.sha256(weights).hexdigest(),
     }

@@ -12,14 +12,15 @@ import os
 import subprocess
 import sys
 import warnings
-from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from ldm_edu import __version__
 from ldm_edu.bench.command import bench
+from ldm_edu.errors import UserError
 
 TOUR = Path(__file__).resolve().parent.parent / "notebooks" / "00_tour.ipynb"
 
@@ -32,11 +33,7 @@ class Commands(TyperGroup):
             warnings.showwarning = lambda message, *_, **__: _say(f"Warning: {message}")
             try:
                 return super().invoke(ctx)
-            except ValueError as error:
-                from ldm_edu.runtime import UserError
-
-                if not isinstance(error, UserError):
-                    raise
+            except UserError as error:
                 _say(f"Error: {error}")
                 raise typer.Exit(1) from error
             except BrokenPipeError:  # of `| head`
@@ -63,20 +60,19 @@ def _say(message: str) -> None:
     typer.echo(message, err=True)
 
 
-def _refuse(message: str) -> NoReturn:
-    """What a UserError would say, without waiting for torch."""
-    _say(f"Error: {message}")
-    raise typer.Exit(1)
+def _tell(result: dict[str, Any], words: str, as_json: bool) -> None:
+    """A result: as JSON, or in words."""
+    typer.echo(json.dumps(result, allow_nan=False) if as_json else words)
 
 
 def _at_least(least: int, option: str, value: int) -> None:
     if value < least:
-        _refuse(f"{option} is {value}; it must be at least {least}.")
+        raise UserError(f"{option} is {value}; it must be at least {least}.")
 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"ldm-edu {version('ldm-edu')}")
+        typer.echo(f"ldm-edu {__version__}")
         raise typer.Exit()
 
 
@@ -109,12 +105,12 @@ def sample(
     """
     for number, prompt in enumerate(prompts, start=1):
         if not prompt.strip():
-            _refuse(f"Prompt {number} is empty. Say what to draw, for example: a red circle")
+            raise UserError(f"Prompt {number} is empty. Say what to draw, for example: a red circle")
     _at_least(1, "--num", num)
     _at_least(1, "--steps", steps)
     _at_least(0, "--seed", seed)
     if not math.isfinite(guidance):
-        _refuse(f"--guidance is {guidance}; it must be a number, for example 3.")
+        raise UserError(f"--guidance is {guidance}; it must be a number, for example 3.")
     as_sheet = _names_a_file(out)
 
     from ldm_edu.datasets.images import contact_sheet, write_png
@@ -140,14 +136,14 @@ def sample(
 
 def _names_a_file(out: Path) -> bool:
     """Whether --out names a picture, not a folder. Refuses at once what could not be written in the end."""
-    if not out.is_dir() and not out.parent.is_dir():
-        _refuse(f"--out {out}: the folder {out.parent} does not exist. Create it first.")
     if out.is_dir():
         return False
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: the folder {out.parent} does not exist. Create it first.")
     if out.suffix.lower() == ".png":
         return True
     if out.exists() or out.suffix:
-        _refuse(f"--out {out}: pictures are written as PNG. Name a FILE.png, or a folder.")
+        raise UserError(f"--out {out}: pictures are written as PNG. Name a FILE.png, or a folder.")
     return False
 
 
@@ -165,7 +161,7 @@ def reconstruct(
     is there is replaced, unless it lies beside the originals.
     """
     if out is not None and _names_a_file(out) and source.is_dir():
-        _refuse(f"{source} is a folder, so --out must name a folder too, not {out}.")
+        raise UserError(f"{source} is a folder, so --out must name a folder too, not {out}.")
 
     from ldm_edu.autoencoder import FirstStage
     from ldm_edu.datasets.metadata import list_pictures
@@ -174,10 +170,8 @@ def reconstruct(
 
     paths = [entry.path for entry in list_pictures(source)] if source.is_dir() else [source]
     targets = {} if out is None else output_paths(source, paths, out)
-    device = pick_device()
-    scores = score_files(FirstStage.load(checkpoint).to(device), paths, targets, device)
-    means = mean_scores(list(scores.values()))
-    typer.echo(json.dumps(means, allow_nan=False) if as_json else table(scores))
+    scores = score_files(FirstStage.load(checkpoint).to(pick_device()), paths, targets)
+    _tell(mean_scores(list(scores.values())), table(scores), as_json)
 
 
 @app.command()
@@ -197,7 +191,7 @@ def train(
     for setting in settings or []:
         key, equals, value = setting.partition("=")
         if not (key and equals and value):
-            _refuse(f"--set {setting}: write KEY=VALUE, for example --set batch_size=32")
+            raise UserError(f"--set {setting}: write KEY=VALUE, for example --set batch_size=32")
         pairs[key] = value
 
     from ldm_edu import training
@@ -235,39 +229,38 @@ def evaluate(
 
     from ldm_edu import checkpoint as checkpoints
 
-    if names == ["shapes"] or (names[0] == "attention" and len(names) <= 2):
+    ours = names in (["shapes"], ["samplers"]) or (names[0] == "attention" and len(names) <= 2)
+    if ours and data is not None:
+        raise UserError(f"{names[0]} is measured on scenes of its own: leave out --data.")
+    if names == ["samplers"]:
+        from ldm_edu.evaluation import steps
+
+        measured = steps.evaluate("shapes-text", captions, seed)
+        return _tell(measured, steps.table(measured), as_json)
+    if ours:
         from ldm_edu.evaluation import attention, scenes
 
         if names == ["shapes"]:
             found = scenes.measure_scenes()
         else:
             found = attention.measure_attention(*names[1:], captions=captions, seed=seed)
-        typer.echo(json.dumps(found) if as_json else "\n".join(f"{k:>33} {v}" for k, v in found.items()))
-        return
-    if names == ["samplers"]:
-        from ldm_edu.evaluation import steps
-
-        measured = steps.evaluate("shapes-text", captions, seed)
-        typer.echo(json.dumps(measured) if as_json else steps.table(measured))
-        return
+        return _tell(found, "\n".join(f"{name:>33} {value}" for name, value in found.items()), as_json)
     names = [n for name in names for n in (checkpoints.names("sweep-") if name == "sweep" else [name])]
     kinds = {name: checkpoints.read(checkpoints.find(name))[0].get("kind") for name in names}
     text = [name for name, kind in kinds.items() if kind == "latent-diffusion"]
     if len(names) > 1 and text:
-        _refuse(f"{text[0]} is a text model; only first stages can be compared. Name it alone.")
+        raise UserError(f"{text[0]} is a text model; only first stages can be compared. Name it alone.")
     if len(names) > 1:
         from ldm_edu.evaluation.comparison import compare_checkpoints, table
 
         result = compare_checkpoints(names, data)
-        typer.echo(json.dumps(result, allow_nan=False) if as_json else table(result["rows"]))
-        return
+        return _tell(result, table(result["rows"]), as_json)
     if not text:
         if data is None:
-            _refuse(f"{names[0]} is a first stage: name a folder of pictures with --data FOLDER.")
-        reconstruct(data, checkpoint=names[0], as_json=as_json)
-        return
+            raise UserError(f"{names[0]} is a first stage: name a folder of pictures with --data FOLDER.")
+        return reconstruct(data, checkpoint=names[0], as_json=as_json)
     if data is not None:
-        _refuse(f"{names[0]} is a text model, measured on captions of its own: leave out --data.")
+        raise UserError(f"{names[0]} is a text model, measured on captions of its own: leave out --data.")
 
     from ldm_edu.evaluation.faithfulness import faithfulness
     from ldm_edu.pipeline import LatentDiffusion
@@ -276,7 +269,7 @@ def evaluate(
     shares = {k: "none asked" if v is None else f"{v:6.1%}" for k, v in result["faithfulness"].items()}
     words = [f"{group:>10} {share}" for group, share in shares.items()]
     words.append(f"{result['captions']} captions a group (no_colours: those of two shapes), seed {result['seed']}")
-    typer.echo(json.dumps(result, allow_nan=False) if as_json else "\n".join(words))
+    _tell(result, "\n".join(words), as_json)
 
 
 app.command()(bench)
@@ -286,7 +279,7 @@ app.command()(bench)
 def lab(context: typer.Context) -> None:
     """Open JupyterLab on the tour. Further options go to JupyterLab: ldm-edu lab --no-browser --port 9000."""
     if not TOUR.is_file():
-        _refuse(f"There is no {TOUR}. The notebooks come with a clone of the project; run it from there.")
+        raise UserError(f"There is no {TOUR}. The notebooks come with a clone of the project; run it from there.")
     command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={TOUR.parent.parent}", str(TOUR)]
     if hasattr(os, "geteuid") and os.geteuid() == 0:  # in a container, say
         command.append("--allow-root")

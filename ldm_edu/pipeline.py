@@ -225,7 +225,7 @@ class LatentDiffusion(nn.Module):
         """
         config = self.description()
         weights = checkpoint.fingerprint(self.first_stage.state_dict())
-        embed_first_stage |= not checkpoint.is_committed(weights)
+        embed_first_stage |= checkpoint.committed(weights) is None
         config["first_stage"] |= {"sha256": weights, "embedded": embed_first_stage}
         tensors = {
             n: t for n, t in self.state_dict().items() if embed_first_stage or not n.startswith("first_stage.")

@@ -13,14 +13,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm_edu.errors import UserError
+
 REPOSITORY = Path(__file__).resolve().parent.parent
-
-
-class UserError(ValueError):
-    """An error meant for a person: what was wrong, with the value, and what to do.
-
-    The command line prints it without a traceback and exits with status 1.
-    """
 
 
 def pick_device(name: str | None = None) -> torch.device:

@@ -158,5 +158,7 @@ def test_evaluate_refuses(models: SimpleNamespace, here: Path):
     refused(run("evaluate", models.first), "--data")
     refused(run("evaluate", models.first, "--data", "nowhere"), "nowhere")
     refused(run("evaluate", models.text, "--data", "."), "leave out --data")
+    for name in ("shapes", "attention", "samplers"):
+        refused(run("evaluate", name, "--data", "."), name, "leave out --data")
     refused(run("evaluate", models.text, "--captions", 0), "--captions")
     refused(run("evaluate", "nowhere"), "no checkpoint 'nowhere'")

@@ -84,8 +84,10 @@ def test_the_table_has_a_line_for_each(any_judge: None):
 def test_several_first_stages_are_compared_on_a_folder(models: SimpleNamespace, here: Path, any_judge: None):
     photo(here / "set" / "1.png", 70, 80)
     photo(here / "set" / "2.png", 130, 64)
+    (here / "set" / "broken.png").write_bytes(b"")
     first_stages.ours(first_stages.VQ).save(here / "vq", "card")
     result = run("evaluate", models.first, "vq", "--data", "set", "--json")
+    assert "Skipped" in result.stderr and "broken.png" in result.stderr
     rows = json.loads(result.stdout)["rows"]
     assert [row["name"] for row in rows][:2] == [str(models.first), "vq"] and json.loads(result.stdout)["images"] == 2
     assert run("evaluate", models.first, "vq", "--data", "set").stdout.count("\n") == len(rows) + 2

@@ -12,19 +12,13 @@ from torch.autograd import grad
 from torch.distributions import Normal, kl_divergence
 
 from ldm_edu.autoencoder import VectorQuantizer
-from ldm_edu.exercises.compression import (
-    check_adaptive_weight,
-    check_hinge_loss,
-    check_output_size,
-    check_receptive_field,
-)
+from ldm_edu.exercises.compression import check_adaptive_weight, check_hinge_loss, check_receptive_field
 from ldm_edu.exercises.regularisers import check_gaussian_kl, check_straight_through, check_vq_loss
 
 CHECKS = {
     check_hinge_loss: "hinge loss",
     check_adaptive_weight: "adaptive weight",
     check_receptive_field: "receptive field",
-    check_output_size: "output size",
     check_gaussian_kl: "Gaussian KL",
     check_straight_through: "straight-through",
     check_vq_loss: "VQ loss",
@@ -60,12 +54,6 @@ def field(layers: int) -> int:
     size, step = 1, 1
     for stride in [2] * layers + [1, 1]:
         size, step = size + 3 * step, step * stride
-    return size
-
-
-def logits(layers: int, size: int) -> int:
-    for stride in [2] * layers + [1, 1]:
-        size = (size + 2 - 4) // stride + 1
     return size
 
 
@@ -108,12 +96,12 @@ def quantizer_output(z: Tensor, codebook: Tensor) -> Tensor:
     "check, answer",
     [
         (check_hinge_loss, hinge), (check_adaptive_weight, weight), (check_receptive_field, field),
-        (check_adaptive_weight, lambda *a: weight(*a).item()), (check_output_size, logits), (check_gaussian_kl, kl),
+        (check_adaptive_weight, lambda *a: weight(*a).item()), (check_gaussian_kl, kl),
         (check_gaussian_kl, lambda m, v: kl_terms(m, v).flatten(1).sum(1) / 2), (check_straight_through, straight),
         (check_straight_through, quantizer_output), (check_vq_loss, vq),
         (check_receptive_field, lambda n: torch.tensor(field(n))),
         (check_receptive_field, lambda n: torch.tensor(float(field(n)), requires_grad=True)),
-        (check_output_size, lambda n, s: np.int64(logits(n, s))),
+        (check_receptive_field, lambda n: np.int64(field(n))),
     ],
 )  # fmt: skip
 def test_a_right_solution_passes(check: Callable, answer: Callable, capsys: pytest.CaptureFixture):
@@ -162,13 +150,6 @@ FIELD = {
     "for layers = 1 is 0; it should be 16": lambda n: 0,
     "None": lambda n: None,
 }
-SIZE = {
-    "take a pixel away each.$": lambda n, size: size >> n,
-    "counted one": lambda n, size: (size >> n) - 1,
-    "stride 1, not 2": lambda n, size: size >> n + 2,
-    "overlap": lambda n, size: size // field(n),
-    "for layers = 3, size = 256 is 70; it should be 30": lambda n, size: field(n),
-}
 KL = {
     "averaged over the latent": lambda m, v: kl_terms(m, v).mean((1, 2, 3)) / 2,
     "averaged over everything": lambda m, v: kl_terms(m, v).mean() / 2,
@@ -215,5 +196,5 @@ VQ = {
     "commitment_weight = 0.25": lambda z, e, b: vq(z, e, 0.5),
 }
 test_a_wrong_solution_is_refused_in_words, test_what_a_learner_leaves_undone_is_refused_in_words = refusals(
-    CHECKS, (HINGE, WEIGHT, FIELD, SIZE, KL, THROUGH, VQ)
+    CHECKS, (HINGE, WEIGHT, FIELD, KL, THROUGH, VQ)
 )

@@ -28,6 +28,7 @@ from ldm_edu.training import first_stage as module
 from ldm_edu.training import recipes
 from ldm_edu.training.diffusion import encode_all
 from ldm_edu.training.first_stage import FirstStageSettings, new_first_stage, objective_of, train_first_stage
+from ldm_edu.training import photographs
 from ldm_edu.training.recipes import sweep
 from ldm_edu.unet import UNet
 
@@ -272,7 +273,7 @@ def test_recipes_of_the_sweep_are_alike_but_for_one_thing(size: str):
 @pytest.mark.parametrize("name", ["sweep-kl-f4-gan", "sweep-vq-f8"])
 def test_a_recipe_of_the_sweep_trains(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     drawn = torch.randint(256, (6, 3, 40, 40), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    monkeypatch.setattr(sweep, "photographs", lambda: (drawn, torch.zeros(6)))
+    monkeypatch.setattr(photographs, "photographs", lambda: (drawn, torch.zeros(6)))
     settings = replace(
         sweep.RECIPES[name].SETTINGS["cpu"], steps=2, batch_size=1, size=32, log_every=1, save_every=2,
         disc_start=1, vq_start=1,

@@ -194,6 +194,11 @@ def test_only_broken_pictures(tmp_path: Path):
     (tmp_path / "one.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"one\.png .*0 bytes"):
         ImageFolder(tmp_path, 8)
+    save(tmp_path / "one.png")
+    Image.new("L", (5, 5)).save(tmp_path / "bad.png")
+    write_metadata(tmp_path, [{"file_name": "one.png", "mask_file_name": "bad.png"}])
+    with pytest.raises(UserError, match=r"bad\.png is 5 x 5"):
+        ImageFolder(tmp_path, 8)
 
 
 def test_folders_without_pictures(tmp_path: Path):

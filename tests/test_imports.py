@@ -24,8 +24,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 
 # A room imports only from itself and from rooms above it in this list.
 ORDER = [
-    "runtime", "parts", "checkpoint", "layers", "autoencoder", "diffusion", "unet", "conditioning", "datasets",
-    "pipeline", "tasks", "training", "evaluation", "interop", "widgets", "exercises", "bench", "cli", "__main__",
+    "errors", "runtime", "parts", "checkpoint", "layers", "autoencoder", "diffusion", "unet", "conditioning",
+    "datasets", "pipeline", "tasks", "training", "evaluation", "interop", "widgets", "exercises", "bench", "cli",
+    "__main__",
 ]  # fmt: skip
 # These know even less of the rest.
 ONLY = {

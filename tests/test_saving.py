@@ -223,6 +223,10 @@ def test_what_others_keep_in_a_runs_folder_stays(tmp_path: Path):
         (AutoencoderConfig, {"channels": 16}, "multiple of the 32 groups"),
         (AutoencoderConfig, {"channel_multipliers": ()}, "at least one; it is empty"),
         (UNetConfig, {"channel_multipliers": ()}, "at least one; it is empty"),
+        (UNetConfig, {"transformer_depth": 1.5}, "transformer_depth must be at least 1 at every level, an integer"),
+        (UNetConfig, {"transformer_depth": (1, 1, 1.5, 1)}, "an integer; it is"),
+        (AutoencoderConfig, {"blocks": 1.5}, "blocks must be an integer, not 1.5"),
+        (AutoencoderConfig, {"latent_channels": "4"}, "latent_channels must be an integer, not '4'"),
         (UNetConfig, {"transformer_depth": 0}, "transformer_depth must be at least 1"),
         (UNetConfig, {"transformer_depth": (1, 1, -1, 1)}, "transformer_depth must be at least 1"),
         (DiffusionSettings, {"condition_dropout": 1.5}, "condition_dropout is a share"),
@@ -236,5 +240,6 @@ def test_settings_that_mean_nothing(kind: type, changes: dict, words: str):
 def test_lists_are_as_good_as_tuples():
     lists = AutoencoderConfig(channel_multipliers=[1, 2], attention_levels=[1])
     assert lists == AutoencoderConfig(channel_multipliers=(1, 2), attention_levels=(1,)) and hash(lists)
-    lists = UNetConfig(channel_multipliers=[1, 2], attention_levels=[0])
-    assert lists == UNetConfig(channel_multipliers=(1, 2), attention_levels=(0,)) and hash(lists)
+    lists = UNetConfig(channel_multipliers=[1, 2], attention_levels=[0], transformer_depth=[1, 2])
+    assert lists == UNetConfig(channel_multipliers=(1, 2), attention_levels=(0,), transformer_depth=(1, 2))
+    assert hash(lists) and UNetConfig(transformer_depth=np.int64(2)).depth_at(1) == 2

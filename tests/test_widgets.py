@@ -270,6 +270,7 @@ def test_one_bad_loss_is_a_gap_in_the_curve_and_not_its_end():
         curve(step, {"loss": {10: float("nan"), 20: float("inf")}.get(step, 1.0)})
     assert np.isfinite(_smooth(curve.values["loss"])).all()
     assert np.isnan(_smooth([1.0, float("nan"), 1.0], share=0.1)).tolist() == [False, True, False]
+    assert _smooth([1.0] * 20 + [1e20] + [1.0] * 79)[[0, -1]].tolist() == [1.0, 1.0]  # one that is huge, likewise
     curve.redraw()
     assert "from 1 to 1 in" in curve.still_alt()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ldm_edu.layers import check_levels
+from ldm_edu.layers import check_counts, check_levels
 from ldm_edu.runtime import UserError
 
 
@@ -36,10 +36,8 @@ class AutoencoderConfig:
 
     def __post_init__(self) -> None:
         check_levels(self)
-        for name in ("latent_channels", "channels", "blocks", "groups", "image_channels"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        if any(width < 1 or width % self.groups for width in self.widths):
+        check_counts(self, "latent_channels", "channels", "blocks", "groups", "image_channels")
+        if any(width % self.groups for width in self.widths):
             raise UserError(f"Every level's width, {self.widths}, must be a multiple of the {self.groups} groups.")
 
     @property

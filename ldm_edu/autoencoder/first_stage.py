@@ -82,7 +82,7 @@ class FirstStage(nn.Module):
 
     def decode(self, latent: Tensor) -> Tensor:
         """The picture `(B, 3, H, W)` of a latent; values can leave [-1, 1] slightly."""
-        raise NotImplementedError
+        return self.to_picture(latent)
 
     def regularised(
         self, images: Tensor, generator: torch.Generator
@@ -152,6 +152,12 @@ def _kinds() -> dict[str, type[FirstStage]]:
     for one in classes:
         classes += one.__subclasses__()
     return {one.kind: one for one in classes if "kind" in vars(one)}
+
+
+def spread(latent: Tensor) -> dict[str, Tensor]:
+    """The latent's standard deviation, and those of its narrowest and widest channel."""
+    each = latent.detach().transpose(0, 1).flatten(1).std(dim=1)
+    return {"latent_std": latent.detach().std(), "latent_std_min": each.min(), "latent_std_max": each.max()}
 
 
 class Identity(FirstStage):

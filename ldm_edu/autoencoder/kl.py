@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ldm_edu.autoencoder.config import AutoencoderConfig
-from ldm_edu.autoencoder.first_stage import FirstStage
+from ldm_edu.autoencoder.first_stage import FirstStage, spread
 from ldm_edu.autoencoder.gaussian import DiagonalGaussian
 
 
@@ -18,12 +18,12 @@ class AutoencoderKL(FirstStage):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__(config, encoder_channels=2 * config.latent_channels)
 
-    def start_with_small_variance(self, logvar: float = -6.0) -> None:
+    def start_with_small_variance(self) -> None:
         """Begin training at a small posterior variance: from unit variance a short training never gets anywhere."""
         c = self.config.latent_channels
         with torch.no_grad():
             self.quant_conv.weight[c:] *= 0.1
-            self.quant_conv.bias[c:] = logvar
+            self.quant_conv.bias[c:] = -6.0
 
     def posterior(self, images: Tensor) -> DiagonalGaussian:
         """q(z | x) for pictures `(B, 3, H, W)` in [-1, 1].
@@ -37,10 +37,6 @@ class AutoencoderKL(FirstStage):
         """The latent, its posterior's mean: `(B, c, H/f, W/f)`."""
         return self.posterior(images).mean
 
-    def decode(self, latent: Tensor) -> Tensor:
-        """The picture `(B, 3, H, W)`; values can leave [-1, 1] slightly."""
-        return self.to_picture(latent)
-
     def regularised(
         self, images: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -49,9 +45,3 @@ class AutoencoderKL(FirstStage):
         kl = posterior.kl().mean() / images[0].numel()
         readings = {"kl": kl.detach(), **spread(posterior.mean)}
         return posterior.sample(generator), kl, readings
-
-
-def spread(latent: Tensor) -> dict[str, Tensor]:
-    """The latent's standard deviation, and those of its narrowest and widest channel."""
-    each = latent.detach().transpose(0, 1).flatten(1).std(dim=1)
-    return {"latent_std": latent.detach().std(), "latent_std_min": each.min(), "latent_std_max": each.max()}

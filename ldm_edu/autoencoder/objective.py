@@ -7,11 +7,9 @@ and to sum the other, a factor of C·H·W. (For VQ the released code averages, t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ldm_edu.autoencoder.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
 from ldm_edu.autoencoder.first_stage import FirstStage
@@ -33,8 +31,6 @@ class FirstStageObjective(nn.Module):
         disc_warmup: so many steps earlier the discriminator begins to learn, without a say. One that starts from
             nothing pulls the decoder anywhere at first.
     """
-
-    step: Tensor
 
     def __init__(
         self,
@@ -85,19 +81,10 @@ class FirstStageObjective(nn.Module):
         real, fake = self.discriminator(images).float(), self.discriminator(restored.detach()).float()
         hinge, weight, ours = hinge_loss(real, fake), zero, zero
         if self.step >= self.disc_start:
-            with frozen(self.discriminator):
-                fooling = -self.discriminator(restored).float().mean()
+            # Through the discriminator to the picture, and not into its weights.
+            fixed = {name: p.detach() for name, p in self.discriminator.named_parameters()}
+            fooling = -functional_call(self.discriminator, fixed, restored).float().mean()
             weight = adaptive_weight(reconstruction, fooling, self.model.decoder.conv_out.weight)
             ours = self.disc_weight * weight * fooling
         readings = {"lambda": weight, "logits_real": real.detach().mean(), "logits_fake": fake.detach().mean()}
         return ours + hinge, {**readings, "hinge": hinge.detach()}
-
-
-@contextmanager
-def frozen(network: nn.Module) -> Iterator[None]:
-    """Gradients flow through the network to its input, and not into its weights."""
-    network.requires_grad_(False)
-    try:
-        yield
-    finally:
-        network.requires_grad_(True)

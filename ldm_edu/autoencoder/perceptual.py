@@ -62,8 +62,7 @@ class PerceptualNetwork(nn.Module):
         """The same network in evaluation, its batch norms multiplied into the convolutions before them."""
         plain = PerceptualNetwork(self.config)
         for own, new in zip(self.stages, plain.stages, strict=True):
-            pairs = [(own[i], own[i + 1]) for i in range(0, len(own), 3)]
-            for (conv, norm), target in zip(pairs, (m for m in new if isinstance(m, nn.Conv2d)), strict=True):
+            for conv, norm, target in zip(own[::3], own[1::3], new[::2], strict=True):
                 fused = nn.utils.fuse_conv_bn_eval(conv.eval(), norm.eval())
                 target.load_state_dict(fused.state_dict())
         return plain.eval()
@@ -95,7 +94,7 @@ class PerceptualLoss(nn.Module):
     would be a constant and teach nothing.
     """
 
-    def __init__(self, network: PerceptualNetwork) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network.eval().requires_grad_(False)
 
@@ -119,14 +118,7 @@ def _unit(features: Tensor) -> Tensor:
     return features * (features.square().sum(dim=1, keepdim=True) + 1e-4).rsqrt()
 
 
-class _LPIPS(nn.Module):
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network.eval().requires_grad_(False)
-
-    def train(self, mode: bool = True) -> Self:
-        return super().train(False)
-
+class _LPIPS(PerceptualLoss):
     def forward(self, images: Tensor, originals: Tensor) -> Tensor:
         return self.network(images, originals).flatten()
 

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_edu.autoencoder.config import AutoencoderConfig
-from ldm_edu.autoencoder.first_stage import FirstStage
-from ldm_edu.autoencoder.kl import spread
-from ldm_edu.runtime import UserError
+from ldm_edu.autoencoder.first_stage import FirstStage, spread
+from ldm_edu.layers import check_counts
 
 
 @dataclass(frozen=True)
@@ -24,8 +23,7 @@ class VQConfig(AutoencoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.codebook_size < 1:
-            raise UserError(f"A codebook has at least one vector; codebook_size is {self.codebook_size}.")
+        check_counts(self, "codebook_size")
 
 
 class VectorQuantizer(nn.Module):
@@ -118,7 +116,7 @@ def perplexity(codes: Tensor, size: int) -> Tensor:
     At most the number of codes given, so a perplexity read off a small batch says little about a large codebook.
     """
     share = torch.bincount(codes.flatten(), minlength=size).float() / max(codes.numel(), 1)
-    return (-(share * share.clamp_min(1e-10).log()).sum()).exp()
+    return torch.special.entr(share).sum().exp()
 
 
 def usage(codes: Tensor, size: int) -> float:

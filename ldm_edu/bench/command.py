@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from ldm_edu.errors import UserError
+
 
 def bench(
     what: Annotated[str, typer.Argument(metavar="first-stage|unet", help="What to time.")],
@@ -36,8 +38,6 @@ def bench(
     unet: one call, a training step and 25 sampling steps, at the size of shapes-text. A compiler is tried, too.
     Each row is told on stderr as soon as it is measured; the table comes in the end.
     """
-    from ldm_edu.runtime import UserError
-
     if what not in ("first-stage", "unet"):
         raise UserError(f"There is no bench {what!r}; there are first-stage and unet.")
     if runs < 1:

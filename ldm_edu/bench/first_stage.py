@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm_edu.autoencoder import AutoencoderConfig, AutoencoderKL
-from ldm_edu.bench.sides import Job, Row, Sides, devices, diffusers
+from ldm_edu.bench.sides import Job, Row, Sides, as_theirs, devices, diffusers
 from ldm_edu.interop import first_stage_to_diffusers
 from ldm_edu.runtime import UserError, progress
 
@@ -20,6 +20,8 @@ LARGE = 1024  # pixels
 @dataclass(frozen=True)
 class FirstStageJob(Job):
     """Encode or decode one picture of `size` pixels a side."""
+
+    peer_class = "AutoencoderKL"
 
     config: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     size: int = 128
@@ -38,10 +40,6 @@ class FirstStageJob(Job):
             return network.decode(given).sample if self.peer else network.decode(given)
 
         return run
-
-    def peer_name(self) -> str:
-        """With its version."""
-        return f"diffusers {diffusers().__version__} AutoencoderKL"
 
 
 def first_stage(
@@ -89,10 +87,5 @@ def _rows(job: Job, runs: int, large: bool) -> Iterator[Row]:
 
 def _network(peer: bool, config: AutoencoderConfig) -> nn.Module:
     torch.manual_seed(0)
-    network: nn.Module = AutoencoderKL(config)
-    if peer:
-        settings, tensors = first_stage_to_diffusers(network)
-        with torch.device("meta"):
-            network = diffusers().AutoencoderKL.from_config(settings)
-        network.load_state_dict(tensors, assign=True)
-    return network.eval()
+    network = AutoencoderKL(config)
+    return (as_theirs(*first_stage_to_diffusers(network)) if peer else network).eval()

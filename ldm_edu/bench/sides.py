@@ -23,11 +23,11 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm_edu.runtime import UserError, has_fast_bfloat16, pick_device
 
@@ -37,12 +37,14 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """One side of a row: whose network, what it does, and how. A subclass says what the call is.
+    """One side of a row: whose network, what it does, and how. A subclass says what the call is, and the peer's class.
 
     Args:
         task: what is timed.
         compiler: "" for none, "default" for torch.compile as it is, "ours" for `unet.fast.compiled`.
     """
+
+    peer_class: ClassVar[str]
 
     peer: bool
     device: str
@@ -69,10 +71,6 @@ class Job:
 
     def call(self) -> Callable[[], Tensor]:
         """The job, ready to run. Weights and input depend on the configuration and the size alone."""
-        raise NotImplementedError
-
-    def peer_name(self) -> str:
-        """The other library's class and version."""
         raise NotImplementedError
 
     @property
@@ -142,7 +140,7 @@ class Sides:
             "device": ours.device,
             "precision": ours.setting if same else f"ours {ours.setting}; peer {jobs[1].setting}",
             "ours_s": times[0],
-            "peer": ours.peer_name(),
+            "peer": f"diffusers {diffusers().__version__} {ours.peer_class}",
             "peer_s": times[1],
             "ratio": times[1] / times[0],
             "max_abs_diff": float(np.abs(results[0] - results[1]).max()),
@@ -210,6 +208,14 @@ def diffusers() -> ModuleType:
 
 
 # What follows runs in the processes of the two sides.
+
+
+def as_theirs(settings: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
+    """diffusers' network of these settings, with these weights."""
+    with torch.device("meta"):
+        network = getattr(diffusers(), settings["_class_name"]).from_config(settings)
+    network.load_state_dict(tensors, assign=True)
+    return network
 
 
 def first(job: Job) -> tuple[np.ndarray, float | None, float]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm_edu.bench.sides import Job, Row, Sides, devices, diffusers
+from ldm_edu.bench.sides import Job, Row, Sides, as_theirs, devices, diffusers
 from ldm_edu.diffusion import Schedule, guided, spaced_timesteps
 from ldm_edu.diffusion.samplers import ddim
 from ldm_edu.interop import schedule_to_diffusers, unet_to_diffusers
@@ -34,6 +34,8 @@ class UNetJob(Job):
     AdamW and the averaged weights, for `training_batch` latents. sampling: 25 steps of DDIM with guidance 3.
     """
 
+    peer_class = "UNet2DConditionModel"
+
     config: UNetConfig = field(default_factory=UNetConfig)
     size: int = SMALL
     tokens: int = 32
@@ -55,10 +57,6 @@ class UNetJob(Job):
         found = super().precisions
         return found[-1:] if self.large and self.device != "cpu" else found
 
-    def peer_name(self) -> str:
-        """With its version."""
-        return f"diffusers {diffusers().__version__} UNet2DConditionModel"
-
     def _drawn(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         generator = torch.Generator().manual_seed(0)
         shape = (count, self.config.in_channels, self.size, self.size)
@@ -69,15 +67,10 @@ class UNetJob(Job):
     def _network(self) -> nn.Module:
         torch.manual_seed(0)
         with torch.device(self.device), torch.no_grad():  # drawn there: on a CPU Stable Diffusion's take 20 seconds
-            network: nn.Module = UNet(self.config)
+            network = UNet(self.config)
             for p in network.parameters():  # a new UNet predicts zero
                 p.add_(torch.randn_like(p), alpha=0.02)
-        if self.peer:
-            settings, tensors = unet_to_diffusers(network)
-            with torch.device("meta"):
-                network = diffusers().UNet2DConditionModel.from_config(settings)
-            network.load_state_dict(tensors, assign=True)
-        return network.eval()
+        return (as_theirs(*unet_to_diffusers(network)) if self.peer else network).eval()
 
     def _predict(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """The network for calls without gradients: `(z, t, context) -> prediction`, all as the job's dtype."""

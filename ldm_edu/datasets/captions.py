@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -101,9 +102,7 @@ def leave_open(things: Sequence[Thing], sizes: bool = False, colours: int = 0) -
 
 def vocabulary(shapes: Sequence[str], colours: Sequence[str]) -> list[str]:
     """Every word that a caption can hold, with the comma, sorted."""
-    text = " ".join([*ONE, *TWO, *THREE])
-    for slot in ("a", "b", "c", "a1", "b1", "a2", "b2", "ab", "ba", "cb"):
-        text = text.replace("{" + slot + "}", " ")
+    text = re.sub(r"{\w+}", " ", " ".join([*ONE, *TWO, *THREE]))  # without the slots
     words = set(text.replace(",", " , ").split()) | {"a", "an", "the"} | set(shapes) | set(colours)
     for options in [*SAME_SIZE.values(), *SAME_SIDE.values(), INVERSE]:
         words |= set(" ".join(options).split())

@@ -101,14 +101,14 @@ class ImageFolder(Dataset):
             return []
         return [self._numbers.get(entry.label, entry.label) for entry in self.entries]
 
-    def as_tensor_cache(self, size: int | None = None) -> Tensor:
+    def as_tensor_cache(self) -> Tensor:
         """All pictures, decoded once: uint8 `(N, 3, size, size)`, middle squares, in the order of `entries`.
 
         For training on small pictures: `cache[i].float() / 127.5 - 1` is picture i, to half a level. Uses
         threads and shows a bar. A picture that cannot be read is dropped from this data set too, and named in
         a warning.
         """
-        size = size or self.size
+        size = self.size
         cache = torch.empty(len(self), 3, size, size, dtype=torch.uint8)
 
         def read(index: int, entry: Entry) -> None:
@@ -133,8 +133,7 @@ class ImageFolder(Dataset):
             succeeded = list(progress(attempts, total=len(self), desc=desc))
         broken = [entry.path for entry, good in zip(self.entries, succeeded, strict=True) if not good]
         if len(broken) == len(self):
-            read_image(broken[0])  # raises, and says what is wrong with the first
-            raise UserError(f"None of the {len(self)} pictures in {self.folder} can be used.")
+            work(0, self.entries[0])  # raises, and says what is wrong with the first
         if broken:
             warn_skipped(broken, "cannot be read")
             self.entries = [entry for entry, good in zip(self.entries, succeeded, strict=True) if good]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
@@ -54,7 +55,12 @@ def decode(path: str | Path, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Im
     """The file as a loaded Pillow picture, upright, in its own mode. Errors as `read_image`."""
     path = Path(path)
     with _open(path) as image:
-        refuse_huge(image.size, path, max_megapixels)
+        width, height = image.size
+        if width * height > max_megapixels * 1_000_000:
+            raise UserError(
+                f"{path} has {width} x {height} pixels, {width * height / 1e6:.0f} megapixels; "
+                f"the limit here is {max_megapixels}. Make a smaller copy, or cut it into tiles."
+            )
         try:
             image.load()
             return ImageOps.exif_transpose(image)
@@ -81,16 +87,6 @@ def _open(path: Path) -> Image.Image:
         raise UserError(f"{path} cannot be read as a picture: {reason}.") from error
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{path} cannot be opened: {error}.") from error
-
-
-def refuse_huge(size: tuple[int, int], path: str | Path, max_megapixels: float) -> None:
-    """Raise UserError if a picture of `size` (width, height) is larger than the limit."""
-    width, height = size
-    if width * height > max_megapixels * 1_000_000:
-        raise UserError(
-            f"{path} has {width} x {height} pixels, {width * height / 1e6:.0f} megapixels; "
-            f"the limit here is {max_megapixels}. Make a smaller copy, or cut it into tiles."
-        )
 
 
 def from_pillow(image: Image.Image, name: str | Path = "the picture") -> Tensor:
@@ -154,15 +150,11 @@ def contact_sheet(images: Tensor | Sequence[Tensor], columns: int | None = None,
     `columns` defaults to a sheet about as wide as it is high. `gap` is in pixels.
     (torchvision's make_grid does the same, but importing it takes longer than drawing the samples.)
     """
-    images = torch.stack(list(images)) if not isinstance(images, Tensor) else images
-    count, channels, height, width = images.shape
-    columns = min(columns or math.ceil(math.sqrt(count)), count)
-    rows = math.ceil(count / columns)
-    sheet = images.new_ones(channels, rows * (height + gap) - gap, columns * (width + gap) - gap)
-    for i, image in enumerate(images):
-        top, left = i // columns * (height + gap), i % columns * (width + gap)
-        sheet[:, top : top + height, left : left + width] = image
-    return sheet
+    columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
+    framed = F.pad(torch.stack(list(images)), (0, gap, 0, gap), value=1.0)
+    blank = framed.new_ones(-len(framed) % columns, *framed.shape[1:])
+    sheet = rearrange(torch.cat([framed, blank]), "(row column) c h w -> c (row h) (column w)", column=columns)
+    return sheet[:, : sheet.shape[1] - gap, : sheet.shape[2] - gap]
 
 
 def resize(images: Tensor, height: int, width: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,9 +137,8 @@ def _inside(folder: Path, name: str, where: str) -> Path:
     return path
 
 
-def warn_skipped(paths: Iterable[Path], reason: str) -> None:
+def warn_skipped(paths: Sequence[Path], reason: str) -> None:
     """One warning that names the pictures left out."""
-    paths = list(paths)
     plural = "picture" if len(paths) == 1 else "pictures"
     warnings.warn(f"Skipped {len(paths)} {plural} ({reason}): {_names(paths)}.", stacklevel=3)
 

@@ -78,10 +78,6 @@ class Scenes:
 
 def draw_scenes(index: Tensor, seed: int, objects: tuple[int, int], held_out: str) -> Scenes:
     """The scenes with these indices. See `ShapeScenes` for the arguments."""
-
-    def u(field: int) -> Tensor:
-        return uniform(seed, index, field)
-
     count = objects[0] + choice(seed, index, 0, objects[1] - objects[0] + 1)
     seen, unseen = PAIRS[~HELD_OUT].to(index.device), PAIRS[HELD_OUT].to(index.device)
     n = len(seen)
@@ -95,7 +91,7 @@ def draw_scenes(index: Tensor, seed: int, objects: tuple[int, int], held_out: st
         pairs[:, 0] = unseen[choice(seed, index, 1, len(unseen))]
 
     large = torch.stack([choice(seed, index, 4 + k, 2) for k in range(MOST_OBJECTS)], 1)
-    vary = torch.stack([0.95 + 0.1 * u(7 + k) for k in range(MOST_OBJECTS)], 1)
+    vary = torch.stack([0.95 + 0.1 * uniform(seed, index, 7 + k) for k in range(MOST_OBJECTS)], 1)
     radius = torch.tensor(RADII, device=index.device)[large] * vary
     x, y = _places(index, seed, count, radius)
     return Scenes(index, count, pairs[..., 0], pairs[..., 1], large, x, y, radius, seed)

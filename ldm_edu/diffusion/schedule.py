@@ -20,7 +20,7 @@ def sqrt_linear(T: int, start: float, end: float) -> Tensor:
     return torch.linspace(start**0.5, end**0.5, T, dtype=torch.float64) ** 2
 
 
-def cosine(T: int, start: float = 0.0, end: float = 0.999) -> Tensor:
+def cosine(T: int, start: float, end: float) -> Tensor:
     """ᾱ a squared cosine (Nichol and Dhariwal 2021, equation 17), each β at most `end`; `start` is not used."""
     level = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
     return (1 - level[1:] / level[:-1]).clamp(max=end)
@@ -86,11 +86,7 @@ class Schedule:
             kind = t.dtype if isinstance(t, Tensor) else type(t).__name__
             raise UserError(f"Timesteps are a tensor of integers from 0 to {self.T - 1}, not of type {kind}.")
         t = t.cpu()
-        self.check(t)
-        level = self.alphas_cumprod[t].to(torch.promote_types(like.dtype, torch.float32)).to(like.device)
-        return level.view(-1, *[1] * (like.ndim - 1))
-
-    def check(self, t: Tensor) -> None:
-        """Refuse timesteps outside 0 .. T-1."""
         if ((t < 0) | (t >= self.T)).any():
             raise UserError(f"Timesteps are integers from 0 to {self.T - 1}; these go from {t.min()} to {t.max()}.")
+        level = self.alphas_cumprod[t].to(torch.promote_types(like.dtype, torch.float32)).to(like.device)
+        return level.view(-1, *[1] * (like.ndim - 1))

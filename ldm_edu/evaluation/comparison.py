@@ -5,53 +5,21 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from ldm_edu.autoencoder import AutoencoderVQ, FirstStage, PerceptualLoss, PerceptualNetwork
-from ldm_edu.datasets.images import read_image
 from ldm_edu.datasets.metadata import list_pictures
-from ldm_edu.evaluation.reconstruction import (
-    MAX_MEGAPIXELS,
-    bicubic_copy,
-    pad_to_multiple,
-    psnr,
-    reconstruct,
-    ssim,
-)
+from ldm_edu.evaluation.reconstruction import bicubic_copy, pad_to_multiple, psnr, readable, reconstruct, ssim
 from ldm_edu.runtime import REPOSITORY, UserError, autocast, has_fast_bfloat16, pick_device, progress
 from ldm_edu.training.photographs import photographs
 
 PATCH = 64  # pixels; the Fréchet distance is between sets of patches of this side
-
-
-@dataclass(frozen=True)
-class Row:
-    """One first stage on one set of pictures.
-
-    Args:
-        psnr, ssim: means over the pictures, at 8 bits; see `reconstruction`.
-        perceptual: mean distance of picture and reconstruction in the features of `perceptual-judge`; 0 is equal.
-        frechet: Fréchet distance between patches of pictures and of reconstructions, in the same features. It is no
-            FID: that name belongs to the features of Inception.
-        usage: the share of the codebook that these pictures use; None for KL.
-    """
-
-    name: str
-    kind: str
-    f: int
-    channels: int
-    codebook: int | None
-    psnr: float
-    ssim: float
-    perceptual: float
-    frechet: float
-    usage: float | None
 
 
 class PatchFeatures(nn.Module):
@@ -91,54 +59,47 @@ def frechet_distance(originals: Sequence[Tensor], restored: Sequence[Tensor], ju
 
 
 def _patches(image: Tensor) -> Tensor:
-    if min(image.shape[1:]) < PATCH:
-        return image.new_empty(0, 3, PATCH, PATCH)
-    levels = ((image.clamp(-1, 1) + 1) * 127.5).round().byte()
-    tiles = levels.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH)
-    return tiles.permute(1, 2, 0, 3, 4).flatten(0, 1)
+    height, width = (side // PATCH * PATCH for side in image.shape[1:])
+    levels = ((image[:, :height, :width].clamp(-1, 1) + 1) * 127.5).round().byte()
+    return rearrange(levels, "c (rows h) (columns w) -> (rows columns) c h w", h=PATCH, w=PATCH)
 
 
-@torch.no_grad()
 def measure(
-    name: str, first_stage: FirstStage, images: Sequence[Tensor], judge: PerceptualNetwork, desc: str = ""
-) -> Row:
-    """Reconstruct images `(3, H, W)`, each of its own size, and compare; both networks on the CPU or both on a GPU."""
-    device = next(judge.parameters()).device
-    distance = PerceptualLoss(judge)
-    restored, used = [], set()
+    name: str, first_stage: FirstStage, images: Sequence[Tensor], judge: PerceptualNetwork
+) -> dict[str, Any]:
+    """Reconstruct images `(3, H, W)`, each of its own size, and compare: a row of `compare`.
+
+    Both networks are on the CPU, or both on a GPU.
+    """
+    restored, used, device = [], set(), first_stage.device
     with autocast(device, "bfloat16" if has_fast_bfloat16(device) else "float32"):
-        for image in progress(images, desc=desc or name):
+        for image in progress(images, desc=name):
             restored.append(reconstruct(first_stage, image.to(device)).float().cpu())
             if isinstance(first_stage, AutoencoderVQ):
                 padded = pad_to_multiple(image[None], first_stage.f)[0].to(device)
                 used |= set(first_stage.quantizer.codes(first_stage.encode(padded)).unique().tolist())
-    return _row(name, first_stage, images, restored, distance, used)
+    codebook = getattr(first_stage.config, "codebook_size", None)
+    return {
+        "name": name,
+        "kind": first_stage.kind.removeprefix("autoencoder-"),
+        "f": first_stage.f,
+        "channels": first_stage.config.latent_channels,
+        "codebook": codebook,
+        **distances(images, restored, judge),
+        "usage": len(used) / codebook if codebook else None,
+    }
 
 
-def _row(
-    name: str,
-    first_stage: FirstStage | None,
-    images: Sequence[Tensor],
-    restored: Sequence[Tensor],
-    distance: PerceptualLoss,
-    used: set[int],
-    f: int = 0,
-) -> Row:
-    device = next(distance.parameters()).device
+def distances(images: Sequence[Tensor], restored: Sequence[Tensor], judge: PerceptualNetwork) -> dict[str, float]:
+    """Four measures of how far reconstructions are from their pictures `(3, H, W)`; see `compare`."""
+    device, distance = next(judge.parameters()).device, PerceptualLoss(judge)
     pairs = list(zip(restored, images, strict=True))
-    codebook = getattr(first_stage.config, "codebook_size", None) if first_stage else None
-    return Row(
-        name=name,
-        kind=first_stage.kind.removeprefix("autoencoder-") if first_stage else "bicubic",
-        f=first_stage.f if first_stage else f,
-        channels=first_stage.config.latent_channels if first_stage else 3,
-        codebook=codebook,
-        psnr=fmean(psnr(a, b) for a, b in pairs),
-        ssim=fmean(ssim(a, b) for a, b in pairs),
-        perceptual=fmean(float(distance(a[None].to(device), b[None].to(device))) for a, b in pairs),
-        frechet=frechet_distance(images, restored, distance.network),
-        usage=len(used) / codebook if codebook else None,
-    )
+    return {
+        "psnr": fmean(psnr(a, b) for a, b in pairs),
+        "ssim": fmean(ssim(a, b) for a, b in pairs),
+        "perceptual": fmean(float(distance(a[None].to(device), b[None].to(device))) for a, b in pairs),
+        "frechet": frechet_distance(images, restored, judge),
+    }
 
 
 @torch.no_grad()
@@ -146,7 +107,14 @@ def compare(first_stages: dict[str, FirstStage], images: Sequence[Tensor]) -> di
     """All of them on the same pictures, and a bicubic copy for every factor that occurs.
 
     Returns:
-        {"rows": [a `Row` as a dictionary, ...], "images": how many}
+        {"rows": [{"name", "kind", "f", "channels", "codebook", "psnr", "ssim", "perceptual", "frechet", "usage"}],
+        "images": how many}
+
+        psnr, ssim: means over the pictures, at 8 bits; see `reconstruction`.
+        perceptual: mean distance of picture and reconstruction in the features of `perceptual-judge`; 0 is equal.
+        frechet: Fréchet distance between patches of pictures and of reconstructions, in the same features. It is no
+            FID: that name belongs to the features of Inception.
+        codebook, usage: its size, and the share of it that these pictures use; None for KL.
 
     Raises:
         UserError: no first stage, or too few pictures.
@@ -156,9 +124,10 @@ def compare(first_stages: dict[str, FirstStage], images: Sequence[Tensor]) -> di
     judge = PerceptualNetwork.load("perceptual-judge").to(next(iter(first_stages.values())).device)
     rows = [measure(name, stage, images, judge) for name, stage in first_stages.items()]
     for f in sorted({stage.f for stage in first_stages.values()} - {1}):
+        bicubic = {"name": f"bicubic-f{f}", "kind": "bicubic", "f": f, "channels": 3, "codebook": None}
         copies = [bicubic_copy(image, f) for image in images]
-        rows.append(_row(f"bicubic-f{f}", None, images, copies, PerceptualLoss(judge), set(), f))
-    return {"rows": [asdict(row) for row in rows], "images": len(images)}
+        rows.append({**bicubic, **distances(images, copies, judge), "usage": None})
+    return {"rows": rows, "images": len(images)}
 
 
 def compare_checkpoints(names: Sequence[str], data: Path | None = None) -> dict[str, Any]:
@@ -172,7 +141,7 @@ def compare_checkpoints(names: Sequence[str], data: Path | None = None) -> dict[
     if data is None:
         images = [image.float() / 127.5 - 1 for image in photographs("held-out")[0]]
     else:
-        images = [read_image(entry.path, MAX_MEGAPIXELS) for entry in list_pictures(data)]
+        images = [image for _, image in readable([entry.path for entry in list_pictures(data)])]
     return compare(stages, images)
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ldm_edu.datasets.captions import Thing, describe, leave_open
 from ldm_edu.datasets.reader import agrees, read_scenes
@@ -50,9 +54,8 @@ def faithfulness(
         raise UserError(f"The number of captions must be at least 2; it is {captions}.")
     if seed == 0:
         raise UserError("Seed 0 makes the training scenes; evaluate with another one (1 by default).")
-    precision = "bfloat16" if has_fast_bfloat16(model.device) else "float32"
-    options = dict(num_steps=num_steps, guidance_scale=guidance_scale, precision=precision)
-    shares: dict[str, float | None] = {}
+    options = dict(num_steps=num_steps, guidance_scale=guidance_scale)
+    shares: dict[str, float | None] = dict.fromkeys((*GROUPS, "ceiling", "shuffled"))
     bar = progress(total=len(GROUPS) * captions, desc="sampling")
     for group, arguments in GROUPS.items():
         scenes = ShapeScenes(64, count=captions, seed=seed, **arguments)
@@ -64,17 +67,31 @@ def faithfulness(
             seeds = [i for i in seeds if wanted[i][0].colour is None]
             wanted, texts = ([of_all[i] for i in seeds] for of_all in (wanted, texts))
             bar.total -= captions - len(seeds)
-        images = []
-        for part in batches(len(seeds), batch_size):
-            images.append(model.sample(texts[part], seeds=list(seeds[part]), **options))
-            bar.update(len(seeds[part]))
-        shares[group] = share(torch.cat(images), wanted) if images else None
+        if not seeds:
+            continue
+        images = drawn(model, texts, seeds, batch_size, bar, **options)
+        shares[group] = share(images, wanted)
         if group == "two":
-            shares["shuffled"] = share(torch.cat(images), wanted[1:] + wanted[:1])
+            shares["shuffled"] = share(images, wanted[1:] + wanted[:1])
             shares["ceiling"] = share(_reconstructed(model, scenes), wanted)
     bar.close()
-    in_order = {name: shares[name] for name in (*GROUPS, "ceiling", "shuffled")}
-    return {"faithfulness": in_order, "captions": captions, "seed": seed}
+    return {"faithfulness": shares, "captions": captions, "seed": seed}
+
+
+def drawn(
+    model: LatentDiffusion, captions: Sequence[str], seeds: Sequence[int], batch_size: int, bar: tqdm, **options: Any
+) -> Tensor:
+    """A picture for each caption, from its seed; in bfloat16 where the device is fast in it.
+
+    Args:
+        bar: moves on by a place for each picture.
+        options: further ones of `LatentDiffusion.steps`.
+    """
+    precision, images = "bfloat16" if has_fast_bfloat16(model.device) else "float32", []
+    for part in batches(len(captions), batch_size):
+        images.append(model.sample(captions[part], seeds=list(seeds[part]), precision=precision, **options))
+        bar.update(len(captions[part]))
+    return torch.cat(images)
 
 
 def wanted_things(scenes: ShapeScenes) -> list[tuple[Thing, ...]]:

@@ -9,31 +9,21 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ldm_edu.autoencoder import FirstStage
 from ldm_edu.datasets.images import read_image, resize, to_uint8, write_png
 from ldm_edu.runtime import UserError, progress
 
 EQUAL_PSNR = 100.0  # dB; the PSNR of equal pictures is infinite, and so would be the mean with one of them
 MAX_MEGAPIXELS = 4  # of a file to reconstruct: a first stage needs about 2 GB and a minute a megapixel
 SSIM_LEAST = 6  # pixels; the 11-pixel window reflects 5 of them at an edge
-
-
-class FirstStage(Protocol):
-    """What is needed of an autoencoder: `encode` shrinks each side by `f`, `decode` restores it."""
-
-    f: int
-
-    def encode(self, images: Tensor) -> Tensor: ...
-
-    def decode(self, latent: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -117,32 +107,38 @@ def score(restored: Tensor, image: Tensor, f: int) -> Score:
     return Score(psnr(restored, image), ssim(restored, image), psnr(bicubic_copy(image, f), image))
 
 
-def score_files(
-    first_stage: FirstStage,
-    paths: Sequence[Path],
-    targets: Mapping[Path, Path] | None = None,
-    device: torch.device | str = "cpu",
-) -> dict[Path, Score]:
-    """Reconstruct picture files and score them; write those that have a target there, as PNG.
+def readable(paths: Sequence[Path]) -> Iterator[tuple[Path, Tensor]]:
+    """Picture files, each with its image `(3, H, W)`, under a progress bar.
 
-    `device` is where the first stage is. A target's folder is made if its own parent is there. Of several
-    pictures, what cannot be read or is larger than `MAX_MEGAPIXELS` is skipped and named in a warning.
+    Of several, what cannot be read or is larger than `MAX_MEGAPIXELS` is skipped and named in a warning.
 
     Raises:
-        UserError: the only picture cannot be read, or a result cannot be written.
+        UserError: the only one cannot be read.
     """
-    scores = {}
-    for path in progress(paths, desc="reconstructing"):
+    for path in progress(paths, desc="pictures"):
         try:
-            image = read_image(path, MAX_MEGAPIXELS)
+            yield path, read_image(path, MAX_MEGAPIXELS)
         except UserError as error:
             if len(paths) == 1:
                 raise
             warnings.warn(f"Skipped: {error}", stacklevel=2)
-            continue
-        restored = reconstruct(first_stage, image.to(device)).cpu()
+
+
+def score_files(
+    first_stage: FirstStage, paths: Sequence[Path], targets: Mapping[Path, Path]
+) -> dict[Path, Score]:
+    """Reconstruct picture files and score them; write those that have a target there, as PNG.
+
+    A target's folder is made if its own parent is there.
+
+    Raises:
+        UserError: as `readable`, or a result cannot be written.
+    """
+    scores = {}
+    for path, image in readable(paths):
+        restored = reconstruct(first_stage, image.to(first_stage.device)).cpu()
         scores[path] = score(restored, image, first_stage.f)
-        if targets and path in targets:
+        if path in targets:
             if targets[path].parent.parent.is_dir():
                 targets[path].parent.mkdir(exist_ok=True)
             write_png(targets[path], restored)
@@ -197,9 +193,3 @@ def mean_scores(scores: Sequence[Score]) -> dict[str, float | int]:
         raise UserError("There is no picture to score.")
     means = {name: fmean(getattr(one, name) for one in scores) for name in ("psnr", "ssim", "bicubic_psnr")}
     return {**means, "images": len(scores)}
-
-
-def reconstruction_scores(first_stage: FirstStage, images: Iterable[Tensor]) -> dict[str, float | int]:
-    """Mean PSNR, SSIM and bicubic PSNR of images `(3, H, W)`, each of its own size; see `mean_scores`."""
-    bar = progress(images, desc="reconstructing")
-    return mean_scores([score(reconstruct(first_stage, image), image, first_stage.f) for image in bar])

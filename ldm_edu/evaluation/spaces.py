@@ -24,9 +24,9 @@ from ldm_edu.datasets.images import contact_sheet, write_png
 from ldm_edu.datasets.reader import agrees, read_scenes
 from ldm_edu.datasets.shapes import ShapeScenes
 from ldm_edu.evaluation.comparison import frechet_distance
-from ldm_edu.evaluation.faithfulness import wanted_things
+from ldm_edu.evaluation.faithfulness import drawn, wanted_things
 from ldm_edu.pipeline import LatentDiffusion
-from ldm_edu.runtime import UserError, batches, has_fast_bfloat16, progress
+from ldm_edu.runtime import UserError, progress
 
 
 def measure(model: LatentDiffusion, pictures: int = 128, seed: int = 1, batch_size: int = 16) -> dict[str, Any]:
@@ -49,12 +49,10 @@ def measure(model: LatentDiffusion, pictures: int = 128, seed: int = 1, batch_si
         raise UserError(f"Ask for at least one picture, and not of seed 0, which trains: {pictures}, seed {seed}.")
     size = model.latent_size * model.first_stage.f
     scenes, others = (ShapeScenes(size, count=pictures, seed=s, objects=(1, 1)) for s in (seed, seed + 1))
-    captions, parts, began = scenes.captions(range(pictures), full=True), [], time.perf_counter()
-    precision = "bfloat16" if has_fast_bfloat16(model.device) else "float32"
-    for part in progress(list(batches(pictures, batch_size)), desc="drawing"):
-        seeds = list(range(pictures)[part])
-        parts.append(model.sample(captions[part], seeds=seeds, precision=precision))
-    seconds, images = time.perf_counter() - began, torch.cat(parts)
+    captions, began = scenes.captions(range(pictures), full=True), time.perf_counter()
+    with progress(total=pictures, desc="drawing") as bar:
+        images = drawn(model, captions, range(pictures), batch_size, bar)
+    seconds = time.perf_counter() - began
     readings = read_scenes(images)
     wanted = wanted_things(scenes)
     right = sum(map(agrees, readings, wanted))
@@ -71,7 +69,8 @@ def measure(model: LatentDiffusion, pictures: int = 128, seed: int = 1, batch_si
         "frechet": frechet_distance(true, list(images), judge),
         "frechet_floor": frechet_distance(true, other, judge),
         "pictures_per_second": pictures / seconds,
-        **{"pictures": pictures, "scenes_seed": seed},
+        "pictures": pictures,
+        "scenes_seed": seed,
     }
 
 

@@ -7,12 +7,10 @@ from statistics import fmean, stdev
 from time import perf_counter
 from typing import NamedTuple
 
-import torch
-
 from ldm_edu.datasets.shapes import ShapeScenes
-from ldm_edu.evaluation.faithfulness import share, wanted_things
+from ldm_edu.evaluation.faithfulness import drawn, share, wanted_things
 from ldm_edu.pipeline import LatentDiffusion
-from ldm_edu.runtime import UserError, batches, has_fast_bfloat16, progress
+from ldm_edu.runtime import UserError, has_fast_bfloat16, progress
 from ldm_edu.training.card import hardware
 
 
@@ -64,25 +62,18 @@ def measure_samplers(
         raise UserError("Seed 0 makes the training scenes; evaluate with others (1, 2 and 3 by default).")
     precision = "bfloat16" if has_fast_bfloat16(model.device) else "float32"
     faithful: list[list[float]] = [[] for _ in settings]
-    bar = progress(total=len(seeds) * len(settings), desc="settings")
+    bar = progress(total=len(seeds) * len(settings) * captions, desc="sampling")
     began = perf_counter()
     for seed in seeds:
         scenes = ShapeScenes(64, count=captions, seed=seed, objects=(2, 2))
         texts, wanted = scenes.captions(range(captions), full=True), wanted_things(scenes)
         for shares, setting in zip(faithful, settings, strict=True):
-            images = [
-                model.sample(
-                    texts[part],
-                    guidance_scale=guidance_scale,
-                    seeds=[seed * 1_000_000 + i for i in range(part.start, part.stop)],
-                    precision=precision,
-                    **setting._asdict(),
-                )
-                for part in batches(captions, batch_size)
-            ]
-            shares.append(share(torch.cat(images), wanted))
+            noise_seeds = range(seed * 1_000_000, seed * 1_000_000 + captions)
+            images = drawn(
+                model, texts, noise_seeds, batch_size, bar, guidance_scale=guidance_scale, **setting._asdict()
+            )
+            shares.append(share(images, wanted))
             bar.set_postfix_str(f"seed {seed}, {' '.join(map(str, setting))}: {shares[-1]}")
-            bar.update()
     bar.close()
     rows = [setting._asdict() | {"faithful": shares} for setting, shares in zip(settings, faithful)]
     return {

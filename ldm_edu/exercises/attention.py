@@ -96,9 +96,7 @@ def check_word_overlap(answer: Answer) -> None:
     def of_word(rule: Answer) -> Answer:
         return lambda probabilities, token, box: rule(probabilities[..., token].mean(0), box)
 
-    def right(probabilities: Tensor, token: int, box: Tensor) -> Tensor:
-        return ratio(probabilities[..., token].mean(0), box)
-
+    right = of_word(ratio)
     mistakes: list[Mistake] = [
         ("average the heads' maps first: a mean of ratios counts a head that hardly reads the word as much as one that "
          "reads nothing else.", lambda p, token, box: ratio(p[..., token], box).mean()),

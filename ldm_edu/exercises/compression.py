@@ -104,20 +104,3 @@ def check_receptive_field(answer: Answer) -> None:
         ("a stride multiplies what lies before it: (size - 1) · stride + 4 a layer.", lambda n: 1 + 3 * (n + 2)),
     ]
     grade("receptive field", answer, right, [(1,), (2,), (3,), (5,)], mistakes)
-
-
-def check_output_size(answer: Answer) -> None:
-    """Check `answer(layers, size)`: the side of the map of logits for a picture of `size` × `size` pixels."""
-
-    def right(layers: int, size: int) -> int:
-        return PatchDiscriminator(1, layers).eval()(torch.zeros(1, 3, size, size)).shape[-1]
-
-    mistakes: list[Mistake] = [
-        ("two convolutions of stride 1 follow, which take a pixel away each.", lambda n, size: size // 2**n),
-        ("two convolutions of stride 1 follow, which take a pixel away each; you counted one.", lambda n, size:
-            size // 2**n - 1),
-        ("the last two convolutions have stride 1, not 2.", lambda n, size: size // 2 ** (n + 2)),
-        ("the patches overlap: neighbouring logits are 2**layers pixels apart, not a patch.", lambda n, size:
-            size // PatchDiscriminator(1, n).receptive_field),
-    ]  # fmt: skip
-    grade("output size", answer, right, [(3, 256), (2, 64), (1, 64), (3, 70), (2, 50)], mistakes)

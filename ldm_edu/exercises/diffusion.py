@@ -15,9 +15,6 @@ from ldm_edu.exercises.grading import Answer, Mistake, grade_values
 def check_noising(answer: Answer) -> None:
     """Check `answer(z0, noise, alphas_cumprod, t)`: z_t at once, for a batch with a timestep `(B,)` each."""
 
-    def right(z0: Tensor, noise: Tensor, alphas_cumprod: Tensor, t: Tensor) -> Tensor:
-        return mix(lambda level: (level.sqrt(), (1 - level).sqrt()))(z0, noise, alphas_cumprod, t)
-
     def mix(shares: Answer, shift: int = 0) -> Answer:
         def rule(z0: Tensor, noise: Tensor, alphas_cumprod: Tensor, t: Tensor) -> Tensor:
             signal, sigma = shares(alphas_cumprod[t + shift].view(-1, 1, 1, 1))
@@ -25,6 +22,7 @@ def check_noising(answer: Answer) -> None:
 
         return rule
 
+    right = mix(lambda level: (level.sqrt(), (1 - level).sqrt()))
     mistakes: list[Mistake] = [
         ("take the roots: √ᾱ z_0 + √(1-ᾱ) ε. ᾱ and 1-ᾱ are shares of the variance.", mix(lambda a: (a, 1 - a))),
         ("√ᾱ belongs to z_0, √(1-ᾱ) to the noise; you exchanged them.", mix(lambda a: ((1 - a).sqrt(), a.sqrt()))),
@@ -51,9 +49,6 @@ def check_noising(answer: Answer) -> None:
 def check_posterior_variance(answer: Answer) -> None:
     """Check `answer(betas)`: β̃_t of q(z_{t-1} | z_t, z_0) at all timesteps, `(T,)`; at t = 0 it is 0."""
 
-    def right(betas: Tensor) -> Tensor:
-        return rule()(betas)
-
     def rule(
         before: Answer = lambda a: torch.cat([a.new_ones(1), a[:-1]]),
         level: Answer = lambda betas: (1 - betas).cumprod(0),
@@ -64,6 +59,7 @@ def check_posterior_variance(answer: Answer) -> None:
 
         return variance
 
+    right = rule()
     mistakes: list[Mistake] = [
         ("your posterior variance is β_t; at t = 0 it should be 0, for z_0 is known there.", lambda b: b),
         ("the ᾱ before the first is 1, nothing but signal; you took 0.",
@@ -171,11 +167,6 @@ def check_second_order_step(answer: Answer) -> None:
     `z` is at the level `now`, where z0 was predicted; z0_before was predicted at the level `before`, a step ago.
     """
 
-    def right(
-        z: Tensor, z0: Tensor, z0_before: Tensor, before: Tensor, now: Tensor, following: Tensor
-    ) -> Tensor:
-        return along(lambda h, h_before: h / (2 * h_before))(z, z0, z0_before, before, now, following)
-
     def along(extra: Answer, power: int = -1) -> Answer:
         """The step along z0 + extra · (z0 - z0_before), with e^{power h}."""
 
@@ -191,6 +182,7 @@ def check_second_order_step(answer: Answer) -> None:
 
         return rule
 
+    right = along(lambda h, h_before: h / (2 * h_before))
     mistakes: list[Mistake] = [
         ("that is the first order, DDIM's step: extend z0 along its last change.", along(lambda h, b: 0)),
         ("r is h_before / h, and z0 - z0_before is divided by 2 r; yours is upside down.",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +29,23 @@ class ExerciseError(AssertionError):
         return [str(self)]
 
 
+@contextmanager
+def answering(name: str) -> Iterator[None]:
+    """Turns whatever the learner's function raises into words."""
+    try:
+        yield
+    except ExerciseError as error:
+        raise ExerciseError(f"{name}: {error}") from None
+    except NotImplementedError:
+        raise ExerciseError(
+            f"{name}: not written yet. Put your code in place of `raise NotImplementedError`."
+        ) from None
+    except Exception as error:
+        stopped = f"your function stops with {type(error).__name__}: {error}"
+        in_place = "inplace" in str(error).replace("-", "")  # torch writes it in both ways
+        raise ExerciseError(f"{name}: {IN_PLACE if in_place else stopped}") from error
+
+
 def grade(
     name: str, answer: Answer, right: Answer, cases: Sequence[tuple], mistakes: Sequence[Mistake] = ()
 ) -> None:
@@ -39,18 +57,8 @@ def grade(
     Raises:
         ExerciseError: the answer is wrong, raises, or is not written yet.
     """
-    try:
+    with answering(name):
         given = [_outcome(answer, case) for case in cases]
-    except ExerciseError as error:
-        raise ExerciseError(f"{name}: {error}") from None
-    except NotImplementedError:
-        raise ExerciseError(
-            f"{name}: not written yet. Put your code in place of `raise NotImplementedError`."
-        ) from None
-    except Exception as error:
-        stopped = f"your function stops with {type(error).__name__}: {error}"
-        in_place = "inplace" in str(error).replace("-", "")  # torch writes it in both ways
-        raise ExerciseError(f"{name}: {IN_PLACE if in_place else stopped}") from error
     expected = [_outcome(right, case) for case in cases]
     if _all_same(given, expected):
         print(f"ok: {name}")

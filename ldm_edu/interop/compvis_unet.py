@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm_edu.checkpoint import settings_of
+from ldm_edu.interop.compvis import GROUPS
 from ldm_edu.interop.names import filled, refuse_others
 from ldm_edu.interop.unet_names import their_name
 from ldm_edu.runtime import UserError
@@ -20,7 +21,6 @@ FREE = (
     "num_head_channels use_spatial_transformer transformer_depth context_dim num_classes use_scale_shift_norm "
     "use_linear_in_transformer image_size dropout use_checkpoint use_fp16 legacy"  # how it is run
 ).split()
-GROUPS = 32  # of every group norm; their code has no setting for it
 
 
 def unet_from_compvis(params: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> UNet:

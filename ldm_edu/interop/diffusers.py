@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldm_edu.autoencoder import AutoencoderConfig, FirstStage, VQConfig
 from ldm_edu.checkpoint import settings_of
-from ldm_edu.interop.names import attention_levels, exported, imported, refuse_others
+from ldm_edu.interop.names import exported, imported, refuse_others
 from ldm_edu.runtime import UserError
 
 FREE = (
@@ -83,6 +83,25 @@ def load_diffusers_first_stage(folder: Path | str) -> tuple[FirstStage, float]:
     """
     config, tensors = read_folder(folder)
     return first_stage_from_diffusers(config, tensors), latent_scale(config)
+
+
+def attention_levels(config: Mapping[str, Any], what: str, prefix: str, down: str, up: str) -> tuple[int, ...]:
+    """The levels whose blocks in diffusers' config have attention; `prefix` is what their names then begin with.
+
+    Raises:
+        UserError: blocks of other kinds, a way up that does not mirror the way down, or widths that do not fit ours.
+    """
+    widths, blocks = [*config["block_out_channels"]], [*config["down_block_types"]]
+    attention = [prefix * block.startswith(prefix) for block in blocks]
+    mirrored = [a + up for a in reversed(attention)]
+    if len(blocks) != len(widths) or blocks != [a + down for a in attention] or [*config["up_block_types"]] != mirrored:
+        raise UserError(
+            f"A {what} here has a ({prefix}){down} for each of block_out_channels {widths}, and the same on the way "
+            f"up, reversed; this one has down_block_types {blocks} and up_block_types {[*config['up_block_types']]}."
+        )
+    if any(width % widths[0] for width in widths):
+        raise UserError(f"block_out_channels must be multiples of the first one, and {widths} are not.")
+    return tuple(level for level, a in enumerate(attention) if a)
 
 
 def with_new_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ldm_edu.checkpoint import settings_of
-from ldm_edu.interop.diffusers import read_folder, with_new_names
-from ldm_edu.interop.names import attention_levels, filled, refuse_others
+from ldm_edu.interop.diffusers import attention_levels, read_folder, with_new_names
+from ldm_edu.interop.names import filled, refuse_others
 from ldm_edu.interop.unet_names import their_name
 from ldm_edu.runtime import UserError
 from ldm_edu.unet import UNet, UNetConfig
@@ -86,7 +87,7 @@ def unet_to_diffusers(unet: UNet, linear_projection: bool = False) -> tuple[dict
     else:
         # attention_head_dim is the *number* of heads in a UNet2DConditionModel, whatever its name says.
         heads = [width // c.head_channels or 1 for width in c.widths] if c.head_channels else c.heads
-        depth = c.transformer_depth if isinstance(c.transformer_depth, int) else [*c.transformer_depth]
+        depth = c.transformer_depth if isinstance(c.transformer_depth, Integral) else [*c.transformer_depth]
         config |= {
             "cross_attention_dim": c.context_channels, "attention_head_dim": heads,
             "transformer_layers_per_block": depth, "use_linear_projection": linear_projection,

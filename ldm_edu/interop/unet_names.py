@@ -27,7 +27,6 @@ TRANSFORMER = [  # both call it the same
     ("cross_attention.", "attn2."), (".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."),
     (".out.", ".to_out.0."), ("feed_forward.widen.", "ff.net.0.proj."), ("feed_forward.narrow.", "ff.net.2."),
 ]  # fmt: skip
-RESAMPLING = [("conv.", "conv.", "op.")]  # on the way down
 
 
 def their_name(name: str, config: UNetConfig, diffusers: bool) -> str:
@@ -44,8 +43,8 @@ def their_name(name: str, config: UNetConfig, diffusers: bool) -> str:
         else:
             for ours, theirs in TRANSFORMER:
                 rest = rest.replace(ours, theirs)
-    elif part == "downsample":
-        rest = _translated(rest, RESAMPLING, diffusers)
+    elif part == "downsample" and not diffusers:
+        rest = rest.replace("conv.", "op.")
     if way == "middle":
         number = {"residual1": 0, "transformer": 1, "residual2": 2}[name.split(".")[1]]
         in_diffusers = ("resnets.0", "attentions.0", "resnets.1")[number]

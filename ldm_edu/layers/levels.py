@@ -1,7 +1,8 @@
-"""The levels of an encoder, a decoder or a UNet: each of half the resolution of the one before."""
+"""What the numbers of an encoder, a decoder or a UNet must be; each of their levels has half the resolution."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
@@ -26,3 +27,19 @@ def check_levels(config: Any) -> None:
             f"attention_levels are counted from 0, the highest resolution, to {count - 1}, the lowest; "
             f"they are {config.attention_levels}."
         )
+
+
+def check_counts(config: Any, *names: str, optional: Sequence[str] = ()) -> None:
+    """Look at settings of a config that are counts; the `optional` ones may be None.
+
+    Raises:
+        UserError: one is no integer, or below 1.
+    """
+    for name in (*names, *optional):
+        count, told = getattr(config, name), " or None" if name in optional else ""
+        if count is None and told:
+            continue
+        if not isinstance(count, Integral):
+            raise UserError(f"{name} must be an integer{told}, not {count!r}.")
+        if count < 1:
+            raise UserError(f"{name} must be at least 1{told}, not {count}.")

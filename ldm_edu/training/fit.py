@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +100,7 @@ def fit(
     main = accelerator.is_main_process
     history = History(out / "history.csv" if out and main else None, keep_to=start)
 
-    began, seen, tracker = time.monotonic(), {}, _tensorboard(out if main else None)
+    began, seen = time.monotonic(), {}
     bar = progress(total=settings.steps, desc=desc)
     bar.update(start)
     for step in range(start, settings.steps):
@@ -133,9 +132,6 @@ def fit(
                 )
             history.add(done, means)
             bar.set_postfix_str(f"loss {means['loss']:.4f}")
-            if tracker and main:
-                for name, value in means.items():
-                    tracker.add_scalar(name, value, done)
             if on_step:
                 on_step(done, means)
         if out and main and (done % settings.save_every == 0 or done == settings.steps):
@@ -143,8 +139,7 @@ def fit(
             save_state(out, done, objective, ema, optimizer, scalars)
     bar.close()
     with torch.no_grad():
-        for weight, average in zip(weights, ema, strict=True):
-            weight.copy_(average)
+        torch._foreach_copy_(weights, ema)
     objective.eval()
     history.seconds = seconds + time.monotonic() - began
     history.precision = accelerator.mixed_precision
@@ -211,12 +206,3 @@ def prepare_folder(out: Path, resume: bool) -> None:
         out.mkdir(exist_ok=True)
         if any(out.iterdir()) and not resume:
             raise UserError(f"The folder {out} is not empty. Go on with --resume, or choose another --out.")
-
-
-def _tensorboard(out: Path | None) -> Any:
-    """A TensorBoard writer, if TensorBoard is installed."""
-    if out is None or find_spec("tensorboard") is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(out / "tensorboard"))

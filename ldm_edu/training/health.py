@@ -9,7 +9,6 @@ import csv
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from ldm_edu import checkpoint
 from ldm_edu.autoencoder import FirstStage
@@ -78,12 +77,8 @@ def _histories(kind: str, f: int) -> Iterator[list[dict[str, str]]]:
         if config["kind"] != kind or 2 ** (len(config["autoencoder"]["channel_multipliers"]) - 1) != f:
             continue
         for path in [folder / "history.csv", *sorted(SEEDS.glob(f"{name}-seed*.csv"))]:
-            yield _read(path)
-
-
-def _read(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+            with open(path, newline="") as file:
+                yield list(csv.DictReader(file))
 
 
 def _near(history: list[dict[str, str]], fraction: float) -> list[dict[str, str]]:

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 
 
-def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
+def orthogonalized(matrices: Tensor) -> Tensor:
     """About U Vᵀ of each matrix U S Vᵀ: `(B, m, n)` to bfloat16 of the same shape.
 
-    Newton-Schulz iterations with the quintic of the reference. Singular values that are not tiny come out between
+    Five Newton-Schulz iterations with the quintic of the reference. Singular values that are not tiny come out between
     about 0.7 and 1.2, which is near enough.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = (matrices.mT if tall else matrices).bfloat16()
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for _ in range(5):
         gram = x @ x.mT
         inner = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)  # -4.7750 G + 2.0315 G²
         x = torch.baddbmm(x, inner, x, beta=3.4445)  # 3.4445 X + inner X

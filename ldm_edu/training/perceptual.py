@@ -58,6 +58,7 @@ def train_perceptual(
 ) -> PerceptualNetwork:
     """Train, fold the batch norms into the convolutions, and write `out/checkpoint`."""
     torch.manual_seed(settings.seed)
+    out = Path(out) if out else None
     (pictures, labels), device = photographs(), pick_device()
     if labels.max() == 0:
         raise UserError("There is one class of photographs only. Put those of each class into a folder of its own.")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ldm_edu.datasets.folder import ImageFolder
 from ldm_edu.datasets.public import PublicSet
-from ldm_edu.runtime import REPOSITORY, UserError, data_folder
+from ldm_edu.runtime import REPOSITORY, UserError, data_folder, pick_device
 
 HELD_OUT = REPOSITORY / "data" / "caltech101-held-out.json"
 
@@ -84,3 +85,9 @@ def random_crops(
         recoloured = (grey + strength * (recoloured - grey)).clamp(0, 255)
         crops = torch.where(shuffled, recoloured, crops)
     return crops.float() / 127.5 - 1, chosen
+
+
+def recoloured_crops(size: int) -> Callable[[int, torch.Generator], Tensor]:
+    """`(count, generator)` to `random_crops` of the training photographs, recoloured, on the training device."""
+    pictures, device = photographs()[0], pick_device()
+    return lambda count, generator: random_crops(pictures, count, size, generator, recolour=True)[0].to(device)

@@ -142,24 +142,14 @@ class History:
         self._write_all()
 
     def add(self, step: int, readings: dict[str, float]) -> None:
-        """Append one row, and write it out."""
-        row = {"step": str(step)} | {k: f"{v:.6g}" for k, v in readings.items()}
-        known = self._names()
-        self.rows.append(row)
-        if self.path and self._names() != known:
-            self._write_all()
-        elif self.path:
-            with saving(self.path), open(self.path, "a", newline="") as file:
-                csv.DictWriter(file, known, lineterminator="\n").writerow(row)
+        """Append one row, and write the file again, whole: a reading may be new, and so a column."""
+        self.rows.append({"step": str(step)} | {k: f"{v:.6g}" for k, v in readings.items()})
+        self._write_all()
 
     def text(self) -> str:
         """The whole file."""
-        names = self._names()
+        names = list(dict.fromkeys(name for row in self.rows for name in row))  # in the order of their first time
         return "\n".join([",".join(names), *(",".join(row.get(n, "") for n in names) for row in self.rows)]) + "\n"
-
-    def _names(self) -> list[str]:
-        """Every reading there has been, in the order of their first time."""
-        return list(dict.fromkeys(name for row in self.rows for name in row))
 
     def _write_all(self) -> None:
         if self.path:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral
 
-from ldm_edu.layers import check_levels
+from ldm_edu.layers import check_counts, check_levels
 from ldm_edu.runtime import UserError
 
 
@@ -51,14 +52,9 @@ class UNetConfig:
     def __post_init__(self) -> None:
         check_levels(self)
         optional = ("context_channels", "head_channels", "num_classes")
-        for name in ("in_channels", "out_channels", "channels", "blocks", "heads", "groups", *optional):
-            count, told = getattr(self, name), " or None" if name in optional else ""
-            if count is None and told:
-                continue
-            if not isinstance(count, Integral):
-                raise UserError(f"{name} must be an integer{told}, not {count!r}.")
-            if count < 1:
-                raise UserError(f"{name} must be at least 1{told}, not {count}.")
+        check_counts(self, "in_channels", "out_channels", "channels", "blocks", "heads", "groups", optional=optional)
+        if isinstance(self.transformer_depth, Iterable):
+            object.__setattr__(self, "transformer_depth", tuple(self.transformer_depth))
         if self.channels % 2 or any(width % self.groups for width in self.widths):
             raise UserError(
                 f"channels must be even, half cosines and half sines of the timestep, and every level's width, "
@@ -66,8 +62,10 @@ class UNetConfig:
             )
         for level in {*self.attention_levels, len(self.widths) - 1}:
             self.heads_at(level)
-            if self.depth_at(level) < 1:
-                raise UserError(f"transformer_depth must be at least 1 at every level; it is {self.transformer_depth}.")
+            if not isinstance(depth := self.depth_at(level), Integral) or depth < 1:
+                raise UserError(
+                    f"transformer_depth must be at least 1 at every level, an integer; it is {self.transformer_depth}."
+                )
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -94,7 +92,7 @@ class UNetConfig:
             UserError: there is not one `transformer_depth` for each level.
         """
         depth = self.transformer_depth
-        if isinstance(depth, int):
+        if not isinstance(depth, tuple):
             return depth
         if len(depth) != len(self.widths):
             raise UserError(f"transformer_depth {depth} must have a number for each of {len(self.widths)} levels.")

@@ -15,10 +15,10 @@ from ldm_edu.unet.config import UNetConfig
 from ldm_edu.unet.transformer import SpatialTransformer
 
 
-def timestep_embedding(t: Tensor, channels: int, slowest: float = 10_000.0) -> Tensor:
-    """[cos, sin] of t at `channels / 2` frequencies, slowest^(-2i / channels) from i = 0 on: `(B, channels)`.
+def timestep_embedding(t: Tensor, channels: int) -> Tensor:
+    """[cos, sin] of t at `channels / 2` frequencies, 10000^(-2i / channels) from i = 0 on: `(B, channels)`.
 
-    As in the released code: cosines first, and the next frequency in the row, not the last, would be 1 / slowest.
+    As in the released code: cosines first, and the next frequency in the row, not the last, would be 1/10000.
 
     Raises:
         UserError: channels that are not even, or fewer than 2.
@@ -26,9 +26,8 @@ def timestep_embedding(t: Tensor, channels: int, slowest: float = 10_000.0) -> T
     if channels < 2 or channels % 2:
         raise UserError(f"Half of the channels are cosines, half sines: give an even number from 2 on, not {channels}.")
     half = channels // 2
-    frequencies = torch.exp(
-        -math.log(slowest) * torch.arange(half, device=t.device, dtype=torch.float32) / half
-    )
+    places = torch.arange(half, device=t.device, dtype=torch.float32) / half
+    frequencies = torch.exp(-math.log(10_000) * places)
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -51,13 +50,13 @@ class TimeEmbedding(nn.Module):
 class Block(nn.Module):
     """A residual block, and attention where the level has it."""
 
-    def __init__(self, config: UNetConfig, level: int, in_channels: int, out_channels: int) -> None:
+    def __init__(self, config: UNetConfig, level: int, in_channels: int) -> None:
         super().__init__()
-        self.residual = _residual(config, in_channels, out_channels)
+        self.residual = _residual(config, in_channels, config.widths[level])
         self.transformer = _attention(config, level) if level in config.attention_levels else None
 
     def forward(self, x: Tensor, time: Tensor, context: Context) -> Tensor:
-        """`x` (B, in_channels, H, W): `(B, out_channels, H, W)`."""
+        """`x` (B, in_channels, H, W): as wide as the level, `(B, width, H, W)`."""
         x = self.residual(x, time)
         return x if self.transformer is None else self.transformer(x, context)
 
@@ -65,15 +64,13 @@ class Block(nn.Module):
 class DownLevel(nn.Module):
     """The blocks of one resolution on the way down, then the step to half of it."""
 
-    def __init__(
-        self, config: UNetConfig, level: int, in_channels: int, out_channels: int, last: bool
-    ) -> None:
+    def __init__(self, config: UNetConfig, level: int, in_channels: int) -> None:
         super().__init__()
-        widths = [in_channels] + [out_channels] * config.blocks
-        self.blocks = nn.ModuleList(
-            Block(config, level, a, b) for a, b in zip(widths, widths[1:], strict=False)
-        )
-        self.downsample = None if last else Downsample(out_channels, symmetric=True)
+        width = config.widths[level]
+        inputs = [in_channels] + [width] * (config.blocks - 1)
+        self.blocks = nn.ModuleList(Block(config, level, channels) for channels in inputs)
+        lowest = level == len(config.widths) - 1
+        self.downsample = None if lowest else Downsample(width, symmetric=True)
 
     def forward(self, x: Tensor, time: Tensor, context: Context) -> list[Tensor]:
         """Every output along the way, for the skip connections; the last one leads on."""
@@ -89,21 +86,12 @@ class DownLevel(nn.Module):
 class UpLevel(nn.Module):
     """The blocks of one resolution on the way up, each fed its skip connection, then the step to twice of it."""
 
-    def __init__(
-        self,
-        config: UNetConfig,
-        level: int,
-        in_channels: int,
-        out_channels: int,
-        skips: list[int],
-        last: bool,
-    ) -> None:
+    def __init__(self, config: UNetConfig, level: int, in_channels: int, skips: list[int]) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList()
-        for skip in skips:
-            self.blocks.append(Block(config, level, in_channels + skip, out_channels))
-            in_channels = out_channels
-        self.upsample = None if last else Upsample(out_channels)
+        width = config.widths[level]
+        inputs = [in_channels] + [width] * config.blocks
+        self.blocks = nn.ModuleList(Block(config, level, a + b) for a, b in zip(inputs, skips, strict=True))
+        self.upsample = Upsample(width) if level else None
 
     def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Context) -> Tensor:
         """Takes the skip connections that it needs from the end of `skips`."""
@@ -140,22 +128,20 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
-        widths, top = config.widths, len(config.widths) - 1
         self.time = TimeEmbedding(config.channels)
         self.label = nn.Embedding(config.num_classes, 4 * config.channels) if config.num_classes else None
         self.conv_in = nn.Conv2d(config.in_channels, config.channels, 3, padding=1)
         self.down, skips, width = nn.ModuleList(), [config.channels], config.channels
-        for level, out_channels in enumerate(widths):
-            last = level == top
-            self.down.append(DownLevel(config, level, width, out_channels, last))
-            width = out_channels
-            skips += [width] * (config.blocks + (not last))
+        for level in range(len(config.widths)):
+            self.down.append(down := DownLevel(config, level, width))
+            width = config.widths[level]
+            skips += [width] * (config.blocks + (down.downsample is not None))
         self.middle = Middle(config)
         self.up = nn.ModuleList()
-        for level in reversed(range(len(widths))):
+        for level in reversed(range(len(config.widths))):
             taken = [skips.pop() for _ in range(config.blocks + 1)]
-            self.up.append(UpLevel(config, level, width, widths[level], taken, last=level == 0))
-            width = widths[level]
+            self.up.append(UpLevel(config, level, width, taken))
+            width = config.widths[level]
         self.norm_out = nn.GroupNorm(config.groups, width, eps=1e-5)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)

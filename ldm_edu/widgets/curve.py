@@ -104,10 +104,8 @@ class LossCurve(StillBox):
 
 def _smooth(values: list[float], share: float = 0.05) -> np.ndarray:
     """The mean of the last few values at each place: of `share` of them all, without those that are not finite."""
-    window = max(1, round(len(values) * share))
+    window = np.ones(max(1, round(len(values) * share)))
     finite = np.isfinite(values)
-    end = np.arange(1, len(values) + 1)
-    start = np.maximum(end - window, 0)
-    sums, counts = (np.cumsum([0.0, *series]) for series in (np.where(finite, values, 0.0), finite))
+    sums, counts = (np.convolve(series, window)[: len(values)] for series in (np.where(finite, values, 0.0), finite))
     with np.errstate(invalid="ignore"):  # 0 / 0, a gap in the line, where none of them is finite
-        return (sums[end] - sums[start]) / (counts[end] - counts[start])
+        return sums / counts

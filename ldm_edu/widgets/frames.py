@@ -107,6 +107,9 @@ class FrameSlider(StillBox):
         )
 
 
+CLEAN = "predicted z₀"
+
+
 class TimestepSlider(FrameSlider):
     """Denoising under a slider: beside each other the noisy latent and the clean one predicted from it.
 
@@ -114,8 +117,6 @@ class TimestepSlider(FrameSlider):
         steps: what a sampler yields; it is run to its end before the slider shows.
         decode: latents to images `(B, 3, H, W)` in [-1, 1], such as `model.to_image`.
         alt: what is being drawn, such as the prompt.
-        scale: how many times the pictures are enlarged; by default to about 256 pixels.
-        captions: the names of the two panels.
     """
 
     text = "A slider over timesteps: run the cell to move it."
@@ -125,11 +126,9 @@ class TimestepSlider(FrameSlider):
         steps: Iterable[Step] = (),
         decode: Callable[[Tensor], Tensor] = lambda images: images,
         alt: str = "",
-        scale: float | None = None,
-        captions: tuple[str, str] = ("zₜ", "predicted z₀"),
     ):
-        self.decode, self.captions = decode, captions
-        super().__init__((self.frame(step) for step in steps), "Denoising", alt, scale)
+        self.decode = decode
+        super().__init__((self.frame(step) for step in steps), "Denoising", alt)
         self.add_class("ldm-timestep")
 
     def frame(self, step: Step) -> Frame:
@@ -137,4 +136,4 @@ class TimestepSlider(FrameSlider):
         with torch.no_grad():
             images = self.decode(torch.cat([step.z, step.z0]))
         label = f"t = {step.t}" if step.t >= 0 else "clean"
-        return Frame(label, dict(zip(self.captions, images.chunk(2), strict=True)))
+        return Frame(label, dict(zip(("zₜ", CLEAN), images.chunk(2), strict=True)))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldm_edu.diffusion import Step
 from ldm_edu.runtime import UserError
-from ldm_edu.widgets.frames import TimestepSlider
+from ldm_edu.widgets.frames import CLEAN, TimestepSlider
 from ldm_edu.widgets.still import StillBox
 
 EXAMPLE = "a small red star above a large blue circle"
@@ -105,7 +105,7 @@ class PromptBox(StillBox):
             frame = self.frames.frame(step)
             self.frames.append(frame)
             self.progress.value += 1
-        self.images = frame.pictures[self.frames.captions[1]]
+        self.images = frame.pictures[CLEAN]
 
     def still(self) -> bytes | None:
         return self.frames.still()

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 from ldm_edu.runtime import UserError
-from ldm_edu.training.recipes import spaces, sweep
+from ldm_edu.training.recipes import (
+    perceptual,
+    perceptual_judge,
+    photos_kl_f4,
+    shapes_kl_f4,
+    shapes_text,
+    spaces,
+    sweep,
+)
 
-FILES = {
-    "perceptual": "perceptual",
-    "perceptual-judge": "perceptual_judge",
-    "photos-kl-f4": "photos_kl_f4",
-    "shapes-kl-f4": "shapes_kl_f4",
-    "shapes-text": "shapes_text",
-}
-SHARED = {**spaces.RECIPES, **sweep.RECIPES}
+FILES = (perceptual, perceptual_judge, photos_kl_f4, shapes_kl_f4, shapes_text)
+RECIPES: dict[str, Any] = {recipe.NAME: recipe for recipe in FILES} | spaces.RECIPES | sweep.RECIPES
 
 
 def names() -> list[str]:
     """The recipes there are."""
-    return [*FILES, *SHARED]
+    return [*RECIPES]
 
 
 def get(name: str) -> Any:
@@ -29,8 +30,6 @@ def get(name: str) -> Any:
     Raises:
         UserError: no such recipe, with those there are.
     """
-    if name in SHARED:
-        return SHARED[name]
-    if name not in FILES:
-        raise UserError(f"There is no recipe {name!r}; there are {', '.join(names())}.")
-    return import_module(f"ldm_edu.training.recipes.{FILES[name]}")
+    if name not in RECIPES:
+        raise UserError(f"There is no recipe {name!r}; there are {', '.join(RECIPES)}.")
+    return RECIPES[name]

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from ldm_edu.autoencoder import AutoencoderConfig, FirstStage
-from ldm_edu.runtime import pick_device
 from ldm_edu.training.first_stage import FirstStageSettings, train_first_stage
 from ldm_edu.training.fit import OnStep
 from ldm_edu.training.photographs import ABOUT as DATA
-from ldm_edu.training.photographs import photographs, random_crops
+from ldm_edu.training.photographs import recoloured_crops
 
 NAME = "photos-kl-f4"
 ABOUT = f"""First stage (section 3.1 of the paper) for photographs: f = 4, four latent channels, KL, trained with
@@ -37,9 +33,5 @@ def train(
     settings: FirstStageSettings, out: Path | None, resume: bool = False, on_step: OnStep | None = None
 ) -> FirstStage:
     """Train it; see `train_first_stage`."""
-    pictures, device = photographs()[0], pick_device()
-
-    def get_images(count: int, generator: torch.Generator) -> Tensor:
-        return random_crops(pictures, count, settings.size, generator, recolour=True)[0].to(device)
-
-    return train_first_stage(NAME, CONFIG, settings, get_images, ABOUT, out, resume, on_step)
+    crops = recoloured_crops(settings.size)
+    return train_first_stage(NAME, CONFIG, settings, crops, ABOUT, out, resume, on_step)

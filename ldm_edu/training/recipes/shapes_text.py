@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ldm_edu.autoencoder import AutoencoderKL
 from ldm_edu.conditioning import TextConditioner
@@ -69,8 +68,4 @@ def train(
     model = build(settings.prediction)
     scenes = ShapeScenes(64, count=settings.pictures, seed=0, device=pick_device())
     captions = scenes.captions(range(settings.pictures))
-
-    def get_images(index: Tensor) -> Tensor:
-        return scenes.images(index)
-
-    return train_diffusion(NAME, model, settings, get_images, captions, ABOUT, out, resume, on_step)
+    return train_diffusion(NAME, model, settings, scenes.images, captions, ABOUT, out, resume, on_step)

@@ -13,15 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from ldm_edu.autoencoder import AutoencoderConfig, FirstStage, VQConfig
-from ldm_edu.runtime import pick_device
 from ldm_edu.training.first_stage import FirstStageSettings, train_first_stage
 from ldm_edu.training.fit import OnStep
 from ldm_edu.training.photographs import ABOUT as DATA
-from ldm_edu.training.photographs import photographs, random_crops
+from ldm_edu.training.photographs import recoloured_crops
 
 # As wide as a checkpoint of 1 MiB allows. More latent channels than in the paper's table 8 (2, 3, 4, 8): to pack
 # colours into as few as those, networks must train for far longer.
@@ -63,7 +59,7 @@ class Recipe:
     changes: dict[str, object]
 
     @property
-    def ABOUT(self) -> str:  # noqa: N802
+    def ABOUT(self) -> str:
         """What the model card says."""
         more = "\nIt is sweep-kl-f4, trained on." if "start" in self.changes else ""
         return f"""One of the small first stages of the comparison of KL with VQ and of the losses (section 3.1 of the
@@ -72,7 +68,7 @@ paper), alike but for what the name says: {"VQ" if "vq" in self.NAME else "KL"},
 {DATA}"""
 
     @property
-    def SETTINGS(self) -> dict[str, FirstStageSettings]:  # noqa: N802
+    def SETTINGS(self) -> dict[str, FirstStageSettings]:
         """The sizes."""
         found = {}
         for size, settings in SETTINGS.items():
@@ -98,12 +94,8 @@ paper), alike but for what the name says: {"VQ" if "vq" in self.NAME else "KL"},
         self, settings: FirstStageSettings, out: Path | None, resume: bool = False, on_step: OnStep | None = None
     ) -> FirstStage:
         """Train it; see `train_first_stage`."""
-        pictures, device = photographs()[0], pick_device()
-
-        def get_images(count: int, generator: torch.Generator) -> Tensor:
-            return random_crops(pictures, count, settings.size, generator, recolour=True)[0].to(device)
-
-        return train_first_stage(self.NAME, self.config, settings, get_images, self.ABOUT, out, resume, on_step)
+        crops = recoloured_crops(settings.size)
+        return train_first_stage(self.NAME, self.config, settings, crops, self.ABOUT, out, resume, on_step)
 
 
 RECIPES = {name: Recipe(name, changes) for name, changes in variants()}

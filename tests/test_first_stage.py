@@ -25,10 +25,9 @@ from ldm_edu.layers import AttentionBlock, ResidualBlock
 from ldm_edu.pipeline import LatentDiffusion
 from ldm_edu.runtime import UserError
 from ldm_edu.training import first_stage as module
-from ldm_edu.training import recipes
+from ldm_edu.training import photographs, recipes
 from ldm_edu.training.diffusion import encode_all
 from ldm_edu.training.first_stage import FirstStageSettings, new_first_stage, objective_of, train_first_stage
-from ldm_edu.training import photographs
 from ldm_edu.training.recipes import sweep
 from ldm_edu.unet import UNet
 

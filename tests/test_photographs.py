@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm_edu.autoencoder import PerceptualConfig
+from ldm_edu.autoencoder import PerceptualConfig, PerceptualNetwork
 from ldm_edu.runtime import UserError
+from ldm_edu.training import perceptual
 from ldm_edu.training import photographs as module
 from ldm_edu.training.perceptual import PerceptualSettings, train_perceptual
 from ldm_edu.training.photographs import HELD_OUT, photographs, random_crops
@@ -83,6 +84,22 @@ def test_photographs_without_classes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert train.shape == (10, 3, 8, 8) and labels.tolist() == [0] * 10  # enough for a first stage
     with pytest.raises(UserError, match="one class.*folder of its own"):
         train_perceptual("it", PerceptualConfig(), PerceptualSettings(steps=1), "", None)
+
+
+def test_the_perceptual_network_learns_classes_and_comes_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    levels = torch.tensor([30, 220]).repeat(4)[:, None, None, None]  # dark ones and bright ones
+    drawn = (levels + torch.randint(20, (8, 3, 24, 24))).to(torch.uint8), torch.arange(8) % 2
+    monkeypatch.setattr(perceptual, "photographs", lambda: drawn)
+    settings = PerceptualSettings(steps=20, batch_size=8, size=16, learning_rate=0.02, log_every=10, save_every=20)
+    folder, seen = str(tmp_path / "run"), []
+    network = train_perceptual(
+        "it", PerceptualConfig((4, 8)), settings, "What it is.", folder, on_step=lambda _, means: seen.append(means)
+    )
+    assert seen[-1]["accuracy"] > 0.9 and seen[-1]["loss"] < seen[0]["loss"]
+    images = drawn[0].float() / 127.5 - 1
+    for one, other in zip(network(images), PerceptualNetwork.load(f"{folder}/checkpoint")(images), strict=True):
+        torch.testing.assert_close(one, other, atol=2e-2, rtol=2e-2)  # kept in half precision
+    assert "What it is." in (tmp_path / "run/checkpoint/README.md").read_text()
 
 
 def test_of_the_fetched_set_nothing_is_measured_on_that_the_committed_models_learned_from(monkeypatch, tmp_path: Path):

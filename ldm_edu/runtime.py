@@ -50,6 +50,11 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
 
 
+def fast_precision(device: torch.device) -> str:
+    """The precision in which what is only measured runs: "bfloat16" where it is worth using, else "float32"."""
+    return "bfloat16" if has_fast_bfloat16(device) else "float32"
+
+
 def budget(check: int, cpu: int, gpu: int) -> int:
     """How long a training cell runs, in steps: by device, or as `$LDM_EDU_BUDGET` (check, cpu or gpu) says.
 

@@ -1,6 +1,5 @@
-"""The checks of the exercises on UNet and attention: each takes the solution, and names the mistake of a wrong one."""
+"""The checks of the exercises on attention: each takes the solution, and names the mistake of a wrong one."""
 
-import copy
 import math
 from collections.abc import Callable
 
@@ -10,72 +9,15 @@ from graded import refusals
 from torch import Tensor, nn
 
 from ldm_edu.exercises.attention import check_attention, check_geglu, check_word_overlap
-from ldm_edu.exercises.unet import check_timestep_embedding, check_zero_output
-from ldm_edu.layers import ResidualBlock
 
 CHECKS = {
-    check_timestep_embedding: "timestep embedding", check_zero_output: "zero output", check_attention: "attention",
-    check_geglu: "geglu", check_word_overlap: "word overlap",
-}  # fmt: skip
+    check_attention: "attention",
+    check_geglu: "geglu",
+    check_word_overlap: "word overlap",
+}
 
 
 # The right solutions, written as a learner would: with nothing of the package.
-
-
-def angles(t: Tensor, channels: int) -> Tensor:
-    return torch.outer(t.float(), torch.tensor([10_000 ** (-2 * i / channels) for i in range(channels // 2)]))
-
-
-def embedding(t: Tensor, channels: int) -> Tensor:
-    return torch.hstack([torch.cos(angles(t, channels)), torch.sin(angles(t, channels))])
-
-
-def both(t: Tensor, place: Tensor) -> Tensor:
-    return torch.cat([f(t[:, None] * torch.exp(-math.log(1e4) * place)) for f in (torch.cos, torch.sin)], 1)
-
-
-def zeroed(block: nn.Module, *names: str) -> nn.Module:
-    for name in names:
-        block.get_parameter(name).data.fill_(0)
-    return block
-
-
-def last(block: nn.Module) -> nn.Module:
-    return zeroed(block, "conv2.weight", "conv2.bias")
-
-
-def frozen(block: nn.Module) -> nn.Module:
-    return last(block).requires_grad_(False)
-
-
-def everything(block: nn.Module) -> nn.Module:
-    return zeroed(block, *dict(block.named_parameters()))
-
-
-def almost(block: nn.Module) -> nn.Module:
-    nn.init.normal_(last(block).conv2.weight, std=1e-9)
-    return block
-
-
-def another(block: nn.Module) -> nn.Module:
-    """New weights, and a shortcut that is the old one's."""
-    new = ResidualBlock(block.conv1.in_channels, block.conv1.out_channels, 6, groups=2, zero_out=True)
-    new.shortcut = block.shortcut
-    return new
-
-
-def shortcut_alone(block: nn.Module) -> nn.Module:
-    block.forward = lambda x, time: block.shortcut(x)
-    return block
-
-
-def without_no_grad(block: nn.Module) -> nn.Module:
-    block.conv2.weight *= 0
-    return block
-
-
-def no_shortcut(block: nn.Module) -> nn.Module:
-    return zeroed(last(block), *(n for n, _ in block.named_parameters() if "shortcut" in n))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | None = None, weigh: Callable | None = None):
@@ -138,11 +80,7 @@ def on_map(rule: Callable) -> Callable:
     [
         (check_geglu, geglu), (check_word_overlap, word_overlap),
         (check_word_overlap, torch.no_grad()(lambda *a: word_overlap(*a).item())),  # a measurement: no gradients asked
-        (check_timestep_embedding, embedding), (check_zero_output, last), (check_attention, attention),
-        (check_timestep_embedding, lambda t, c: embedding(t, c).numpy()),
-        (check_timestep_embedding, lambda t, c: embedding(t, c).tolist()),
-        (check_timestep_embedding, lambda t, c: embedding(t, c) * nn.Parameter(torch.ones(c))),  # learned frequencies
-        (check_zero_output, lambda block: last(copy.deepcopy(block))),
+        (check_attention, attention),
         (check_attention, lambda *a: attention_in_place(*a, of=torch.clone)),  # its own tensors
         (check_attention, lambda q, k, v, h: all_heads(q, k, v, h).transpose(1, 2).flatten(2)),
     ],
@@ -152,35 +90,6 @@ def test_a_right_solution_passes(check: Callable, answer: Callable, capsys: pyte
     assert capsys.readouterr().out == f"ok: {CHECKS[check]}\n"
 
 
-EMBEDDING = {
-    "sines come first": lambda t, c: torch.hstack([angles(t, c).sin(), angles(t, c).cos()]),
-    "take turns": lambda t, c: torch.stack([angles(t, c).cos(), angles(t, c).sin()], 2).flatten(1),
-    "one less": lambda t, c: both(t, torch.arange(c // 2) / (c // 2 - 1)),
-    "not by channels": lambda t, c: both(t, torch.arange(c // 2) / c),
-    "not divided by 1000": lambda t, c: embedding(t / 1000, c),
-    "no 2π": lambda t, c: embedding(2 * math.pi * t, c),
-    r"for channels = 8 is nan; it should be": lambda t, c: embedding(t, c) * math.nan,
-    r"shape \(4, 4\); it should be \(4, 8\)": angles,
-}  # fmt: skip
-ZERO = {
-    "the bias of conv2": lambda block: zeroed(block, "conv2.weight"),
-    "the weight of conv2": lambda block: zeroed(block, "conv2.bias"),
-    "first convolution": lambda block: zeroed(block, "conv1.weight", "conv1.bias"),
-    "a norm at zero": lambda block: zeroed(block, "norm2.weight", "norm2.bias"),
-    "reaches conv2 any more": everything,
-    "nothing reaches conv2": lambda block: zeroed(last(block), "norm2.weight", "norm2.bias"),
-    "no gradient in the first step": lambda block: zeroed(block, "norm2.weight", "norm2.bias", "conv2.bias"),
-    "shortcut must stay": no_shortcut,
-    "nothing has changed": lambda block: block,
-    "must still learn": frozen,
-    "at time.weight: all of conv2 should be 0, and all the rest as it": lambda b: zeroed(last(b), "time.weight"),
-    "at conv1.bias": lambda block: zeroed(last(block), "conv1.bias"),
-    "at norm1.weight": lambda block: zeroed(last(block), "norm1.weight", "norm1.bias"),
-    "at conv1.weight": another,
-    "at conv2.weight": almost,
-    "conv2 has no part in the output": shortcut_alone,
-    "under torch.no_grad": without_no_grad,
-}
 ATTENTION = {
     "reshape alone": lambda q, k, v, h: mixed(q, k, v, h).transpose(1, 2).reshape(q.shape),
     "reshape alone mixes": lambda q, k, v, h: mixed(q, k, v, h).reshape(q.shape),
@@ -225,5 +134,5 @@ OVERLAP = {
     r"shape \(1,\); it should be \(\)": lambda *a: word_overlap(*a)[None],
 }
 test_a_wrong_solution_is_refused_in_words, test_what_a_learner_leaves_undone_is_refused_in_words = refusals(
-    CHECKS, (EMBEDDING, ZERO, ATTENTION, GEGLU, OVERLAP)
+    CHECKS, (ATTENTION, GEGLU, OVERLAP)
 )

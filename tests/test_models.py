@@ -127,6 +127,10 @@ def test_the_timestep_embedding_is_cosines_then_sines():
     for row, step in zip(embedded.tolist(), t.tolist()):
         expected = [math.cos(step * w) for w in frequencies] + [math.sin(step * w) for w in frequencies]
         assert row == pytest.approx(expected, abs=1e-4)
+    # To the last digit as in the released code, and in diffusers: a frequency rounded otherwise counts 999 times.
+    half = torch.arange(160, dtype=torch.float32)
+    angles = t[:, None] * torch.exp(-math.log(10_000) * half / 160)
+    assert torch.equal(timestep_embedding(t, 320), torch.cat([angles.cos(), angles.sin()], 1))
 
 
 def test_halving_pads_as_its_network_does_and_doubling_repeats():

@@ -88,7 +88,8 @@ def test_photographs_without_classes(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_the_perceptual_network_learns_classes_and_comes_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     levels = torch.tensor([30, 220]).repeat(4)[:, None, None, None]  # dark ones and bright ones
-    drawn = (levels + torch.randint(20, (8, 3, 24, 24))).to(torch.uint8), torch.arange(8) % 2
+    grain = torch.randint(20, (8, 3, 24, 24), generator=torch.Generator().manual_seed(0))
+    drawn = (levels + grain).to(torch.uint8), torch.arange(8) % 2
     monkeypatch.setattr(perceptual, "photographs", lambda: drawn)
     settings = PerceptualSettings(steps=20, batch_size=8, size=16, learning_rate=0.02, log_every=10, save_every=20)
     folder, seen = str(tmp_path / "run"), []

@@ -87,11 +87,11 @@ class PerceptualNetwork(nn.Module):
         return network.eval()
 
 
-class PerceptualLoss(nn.Module):
-    """The squared difference of unit feature vectors, averaged over places and stages (LPIPS-style).
+class _Yardstick(nn.Module):
+    """A distance by a network that stays as it is.
 
-    The network's weights are frozen, but gradients flow *through* it to the pictures: under `torch.no_grad` the loss
-    would be a constant and teach nothing.
+    Its weights are frozen, but gradients flow *through* it to the pictures: under `torch.no_grad` the loss would be a
+    constant and teach nothing.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -99,8 +99,15 @@ class PerceptualLoss(nn.Module):
         self.network = network.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> Self:
-        """The network stays as it is: it is a yardstick, not a pupil."""
+        """The network stays in evaluation: it is no pupil."""
         return super().train(False)
+
+
+class PerceptualLoss(_Yardstick):
+    """The squared difference of a `PerceptualNetwork`'s unit feature vectors, averaged over places and stages.
+
+    (LPIPS-style.) The weights are frozen; gradients flow through the network to the pictures.
+    """
 
     def forward(self, images: Tensor, originals: Tensor) -> Tensor:
         """Two batches of pictures `(B, 3, H, W)` in [-1, 1] to their distances `(B,)`, 0 to 2."""
@@ -118,7 +125,7 @@ def _unit(features: Tensor) -> Tensor:
     return features * (features.square().sum(dim=1, keepdim=True) + 1e-4).rsqrt()
 
 
-class _LPIPS(PerceptualLoss):
+class _LPIPS(_Yardstick):
     def forward(self, images: Tensor, originals: Tensor) -> Tensor:
         return self.network(images, originals).flatten()
 

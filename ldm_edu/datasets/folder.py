@@ -121,23 +121,22 @@ class ImageFolder(Dataset):
     def _visit(self, work: Callable[[int, Entry], None], desc: str) -> list[int]:
         """Call `work` on every picture in threads; drop those that raise UserError; return who stayed."""
 
-        def attempt(numbered: tuple[int, Entry]) -> bool:
+        def attempt(numbered: tuple[int, Entry]) -> UserError | None:
             try:
                 work(*numbered)
-            except UserError:
-                return False
-            return True
+            except UserError as error:
+                return error
+            return None
 
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
             attempts = threads.map(attempt, enumerate(self.entries))
-            succeeded = list(progress(attempts, total=len(self), desc=desc))
-        broken = [entry.path for entry, good in zip(self.entries, succeeded, strict=True) if not good]
-        if len(broken) == len(self):
-            work(0, self.entries[0])  # raises, and says what is wrong with the first
-        if broken:
-            warn_skipped(broken, "cannot be read")
-            self.entries = [entry for entry, good in zip(self.entries, succeeded, strict=True) if good]
-        return [index for index, good in enumerate(succeeded) if good]
+            failures = list(progress(attempts, total=len(self), desc=desc))
+        if all(failures):
+            raise failures[0]
+        if any(failures):
+            warn_skipped([entry.path for entry, f in zip(self.entries, failures, strict=True) if f], "cannot be read")
+            self.entries = [entry for entry, f in zip(self.entries, failures, strict=True) if not f]
+        return [index for index, failure in enumerate(failures) if not failure]
 
     def _all_or_none(self, field: str) -> bool:
         lacking = [entry.path for entry in self.entries if getattr(entry, field) is None]

@@ -86,7 +86,11 @@ class Schedule:
             kind = t.dtype if isinstance(t, Tensor) else type(t).__name__
             raise UserError(f"Timesteps are a tensor of integers from 0 to {self.T - 1}, not of type {kind}.")
         t = t.cpu()
-        if ((t < 0) | (t >= self.T)).any():
-            raise UserError(f"Timesteps are integers from 0 to {self.T - 1}; these go from {t.min()} to {t.max()}.")
+        self.check(t)
         level = self.alphas_cumprod[t].to(torch.promote_types(like.dtype, torch.float32)).to(like.device)
         return level.view(-1, *[1] * (like.ndim - 1))
+
+    def check(self, t: Tensor) -> None:
+        """Refuse timesteps outside 0 .. T-1."""
+        if ((t < 0) | (t >= self.T)).any():
+            raise UserError(f"Timesteps are integers from 0 to {self.T - 1}; these go from {t.min()} to {t.max()}.")

@@ -158,8 +158,11 @@ def measure_attention(name: str = "shapes-text", captions: int = 512, seed: int 
     new = torch.tensor([text not in texts for text in others.captions(range(captions), full=True)])
     found, choosing = true_pairs(model, here), true_pairs(model, others)
     chosen_from = choosing.own & new[choosing.scene]
-    if min(found.own.sum(), (~found.own).sum(), chosen_from.sum()) < 2:
-        raise UserError(f"The {captions} captions of seed {seed} name too few small objects: ask for more captions.")
+    if found.own.sum() < 2 or found.own.all() or not chosen_from.any():
+        raise UserError(
+            f"The {captions} captions of seed {seed}, or those of seed {seed + 1}, name too few small objects: ask for "
+            "more captions."
+        )
     chosen = best(overlaps(model, others, choosing).ratios[:, chosen_from])
     ratios, layers = overlaps(model, here, found)
     blind = overlaps(model, here, found, other_picture=True).ratios[:, found.own].mean(1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ldm_edu.autoencoder import AutoencoderVQ, FirstStage, PerceptualLoss, PerceptualNetwork
 from ldm_edu.datasets.metadata import list_pictures
 from ldm_edu.evaluation.reconstruction import bicubic_copy, pad_to_multiple, psnr, readable, reconstruct, ssim
-from ldm_edu.runtime import REPOSITORY, UserError, autocast, has_fast_bfloat16, pick_device, progress
+from ldm_edu.runtime import REPOSITORY, UserError, autocast, fast_precision, pick_device, progress
 from ldm_edu.training.photographs import photographs
 
 PATCH = 64  # pixels; the Fréchet distance is between sets of patches of this side
@@ -64,15 +64,13 @@ def _patches(image: Tensor) -> Tensor:
     return rearrange(levels, "c (rows h) (columns w) -> (rows columns) c h w", h=PATCH, w=PATCH)
 
 
+@torch.no_grad()
 def measure(
     name: str, first_stage: FirstStage, images: Sequence[Tensor], judge: PerceptualNetwork
 ) -> dict[str, Any]:
-    """Reconstruct images `(3, H, W)`, each of its own size, and compare: a row of `compare`.
-
-    Both networks are on the CPU, or both on a GPU.
-    """
+    """Reconstruct images `(3, H, W)`, each of its own size, and compare: a row of `compare`."""
     restored, used, device = [], set(), first_stage.device
-    with autocast(device, "bfloat16" if has_fast_bfloat16(device) else "float32"):
+    with autocast(device, fast_precision(device)):
         for image in progress(images, desc=name):
             restored.append(reconstruct(first_stage, image.to(device)).float().cpu())
             if isinstance(first_stage, AutoencoderVQ):

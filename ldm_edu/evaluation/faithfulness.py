@@ -13,7 +13,7 @@ from ldm_edu.datasets.captions import Thing, describe, leave_open
 from ldm_edu.datasets.reader import agrees, read_scenes
 from ldm_edu.datasets.shapes import ShapeScenes
 from ldm_edu.pipeline import LatentDiffusion
-from ldm_edu.runtime import UserError, batches, has_fast_bfloat16, progress
+from ldm_edu.runtime import UserError, batches, fast_precision, progress
 
 GROUPS = {
     "one": dict(objects=(1, 1)),
@@ -87,7 +87,7 @@ def drawn(
         bar: moves on by a place for each picture.
         options: further ones of `LatentDiffusion.steps`.
     """
-    precision, images = "bfloat16" if has_fast_bfloat16(model.device) else "float32", []
+    precision, images = fast_precision(model.device), []
     for part in batches(len(captions), batch_size):
         images.append(model.sample(captions[part], seeds=list(seeds[part]), precision=precision, **options))
         bar.update(len(captions[part]))
@@ -96,8 +96,8 @@ def drawn(
 
 def wanted_things(scenes: ShapeScenes) -> list[tuple[Thing, ...]]:
     """What each scene's picture should show."""
-    drawn = scenes.scenes(range(len(scenes)))
-    return [drawn.things(i) for i in range(len(scenes))]
+    shown = scenes.scenes(range(len(scenes)))
+    return [shown.things(i) for i in range(len(scenes))]
 
 
 def share(images: Tensor, wanted: list[tuple[Thing, ...]]) -> float:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ldm_edu.datasets.shapes import ShapeScenes
 from ldm_edu.evaluation.faithfulness import drawn, share, wanted_things
 from ldm_edu.pipeline import LatentDiffusion
-from ldm_edu.runtime import UserError, has_fast_bfloat16, progress
+from ldm_edu.runtime import UserError, fast_precision, progress
 from ldm_edu.training.card import hardware
 
 
@@ -60,7 +60,6 @@ def measure_samplers(
         raise UserError(f"The number of captions must be at least 1; it is {captions}.")
     if 0 in seeds:
         raise UserError("Seed 0 makes the training scenes; evaluate with others (1, 2 and 3 by default).")
-    precision = "bfloat16" if has_fast_bfloat16(model.device) else "float32"
     faithful: list[list[float]] = [[] for _ in settings]
     bar = progress(total=len(seeds) * len(settings) * captions, desc="sampling")
     began = perf_counter()
@@ -80,7 +79,7 @@ def measure_samplers(
         "captions": captions,
         "seeds": list(seeds),
         "guidance_scale": guidance_scale,
-        "precision": precision,
+        "precision": fast_precision(model.device),
         "hardware": hardware(),
         "minutes": round((perf_counter() - began) / 60, 1),
         "rows": rows,

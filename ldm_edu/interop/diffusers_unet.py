@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +86,7 @@ def unet_to_diffusers(unet: UNet, linear_projection: bool = False) -> tuple[dict
     else:
         # attention_head_dim is the *number* of heads in a UNet2DConditionModel, whatever its name says.
         heads = [width // c.head_channels or 1 for width in c.widths] if c.head_channels else c.heads
-        depth = c.transformer_depth if isinstance(c.transformer_depth, Integral) else [*c.transformer_depth]
+        depth = [*c.transformer_depth] if isinstance(c.transformer_depth, tuple) else c.transformer_depth
         config |= {
             "cross_attention_dim": c.context_channels, "attention_head_dim": heads,
             "transformer_layers_per_block": depth, "use_linear_projection": linear_projection,
@@ -123,10 +122,9 @@ def _our_config(config: Mapping[str, Any]) -> UNetConfig:
     levels = attention_levels(config, "UNet", PREFIX[kind], "DownBlock2D", "UpBlock2D")
     ours: dict[str, Any] = {"context_channels": None}
     if kind == "UNet2DConditionModel":
-        depth = config.get("transformer_layers_per_block", 1)
         ours = {
             "context_channels": _same("cross_attention_dim", config.get("cross_attention_dim", 1280)),
-            "transformer_depth": depth if isinstance(depth, int) else tuple(map(int, depth)),
+            "transformer_depth": config.get("transformer_layers_per_block", 1),
             **_heads(config.get("attention_head_dim", 8), widths, levels),
         }
     elif config.get("attention_head_dim", 8) is None:

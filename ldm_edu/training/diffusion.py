@@ -18,7 +18,7 @@ from ldm_edu.autoencoder import FirstStage
 from ldm_edu.checkpoint import fingerprint, to_json
 from ldm_edu.diffusion import training_target
 from ldm_edu.pipeline import LatentDiffusion
-from ldm_edu.runtime import UserError, autocast, has_fast_bfloat16, pick_device, progress
+from ldm_edu.runtime import UserError, autocast, fast_precision, pick_device, progress
 from ldm_edu.training.card import model_card
 from ldm_edu.training.fit import OnStep, fit, prepare_folder
 from ldm_edu.training.settings import Settings
@@ -107,13 +107,12 @@ def encode_all(
     """
     device = pick_device()
     first_stage = first_stage.to(device)
-    precision = "bfloat16" if has_fast_bfloat16(device) else "float32"
 
     def encode(index: Tensor) -> tuple[Tensor, Tensor]:
         images = get_images(index)
         if (most := images.abs().max()) > 1.5:
             raise UserError(f"Pictures lie in [-1, 1]; these reach {most:g}. From 0 to 255? Take images / 127.5 - 1.")
-        with autocast(device, precision):
+        with autocast(device, fast_precision(device)):
             posterior = first_stage.posterior(images.to(device))
         return posterior.mean.half().cpu(), (0.5 * posterior.logvar).exp().half().cpu()
 

@@ -26,8 +26,7 @@ def timestep_embedding(t: Tensor, channels: int) -> Tensor:
     if channels < 2 or channels % 2:
         raise UserError(f"Half of the channels are cosines, half sines: give an even number from 2 on, not {channels}.")
     half = channels // 2
-    places = torch.arange(half, device=t.device, dtype=torch.float32) / half
-    frequencies = torch.exp(-math.log(10_000) * places)
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 

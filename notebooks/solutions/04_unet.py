@@ -5,8 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ldm_edu.exercises.attention import check_timestep_embedding, check_zero_output
-from ldm_edu.exercises.unet import check_skip_channels
+from ldm_edu.exercises.unet import check_skip_channels, check_timestep_embedding, check_zero_output
 
 
 def timestep_vector(t: Tensor, channels: int) -> Tensor:

@@ -3,7 +3,11 @@
 import copy
 import pickle
 import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import tiny
@@ -119,6 +123,27 @@ def test_the_compiler_sees_one_memory_order(unet: UNet, monkeypatch: pytest.Monk
     answers = [denoiser(x, t, context) for x in (z, z.to(memory_format=torch.channels_last))]
     assert len(strides) == 2 and strides[0] == strides[1]
     torch.testing.assert_close(*answers)
+
+
+def test_threads_do_not_meet_in_the_memory_of_a_cuda_graph(unet: UNet, monkeypatch: pytest.MonkeyPatch):
+    """Here played by a program that writes every answer to the same place, and takes its time."""
+    memory = torch.empty(2, 4, 8, 8)
+
+    def recorded(network: UNet) -> Callable[..., Tensor]:
+        def replay(*inputs: Any) -> Tensor:
+            memory.copy_(network(*inputs))
+            time.sleep(0.01)
+            return memory
+
+        return replay
+
+    monkeypatch.setattr("ldm_edu.unet.fast.compiled", recorded)
+    denoisers, (z, t, context) = [Denoiser(unet, compile=True) for _ in range(2)], given()
+    with ThreadPoolExecutor(2) as threads:
+        answers = list(threads.map(lambda i: denoisers[i % 2](i * z, t, context), range(8)))
+    with torch.no_grad():
+        for i, answer in enumerate(answers):
+            torch.testing.assert_close(answer, unet(i * z, t, context))
 
 
 def test_without_a_compiler_it_says_why_and_goes_on(unet: UNet, monkeypatch: pytest.MonkeyPatch):

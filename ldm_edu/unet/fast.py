@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from ldm_edu.unet.transformer import TransformerBlock
 from ldm_edu.unet.unet import UNet
 
 NUMBERS = itertools.count()
+ONE_AT_A_TIME = threading.Lock()
 OURS = ("ldm_edu.unet.", "ldm_edu.layers.", "torch.nn.")  # where the parts come from that take K and V for a context
 
 
@@ -106,8 +108,11 @@ class Denoiser:
         kept = None if context is None else self._project(context, dtype)
         shapes = z.shape, None if context is None else context.shape
         # In one memory order, whichever the sampler left: another would be compiled for again.
-        output = self._answer(z.to(dtype).contiguous(), t, kept, shapes)
-        return output.to(torch.float32, copy=True)  # the next call of a CUDA graph writes to the same memory
+        z = z.to(dtype).contiguous()
+        if self._programs is None:
+            return self.unet(z, t, kept).to(torch.float32)
+        with ONE_AT_A_TIME:  # the next call of a CUDA graph, of any thread, writes to the same memory
+            return self._answer(z, t, kept, shapes).to(torch.float32, copy=True)
 
     def _project(self, context: Tensor, dtype: torch.dtype) -> Context:
         version = None if context.is_inference() else context._version  # rises when it is written into

@@ -1,6 +1,7 @@
 """`ldm-edu bench first-stage`: what it prints, that both sides do the same, how it counts. No time is asserted."""
 
 import json
+import pickle
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from commands import refused, run
+from torch._dynamo.exc import BackendCompilerFailed
 
 from ldm_edu.autoencoder import AutoencoderConfig
 from ldm_edu.bench import first_stage, sides
@@ -117,6 +119,15 @@ def test_turns_alternate_and_medians_are_compared():
     assert row["precision"] == "ours float32; peer bfloat16, channels last"
     once = Here(measure).row("decode", TINY, 0)
     assert (once["ours_s"], once["peer_s"], once["precision"]) == (0.5, 1.0, "float32")
+
+
+def test_an_error_of_the_compiler_reaches_another_process():
+    def failing(job: Job) -> None:
+        raise BackendCompilerFailed(print, ValueError("no kernel"), None)
+
+    with pytest.raises(RuntimeError, match="^BackendCompilerFailed: .*\\s.*no kernel") as caught:
+        sides.in_words(failing, TINY)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
 def test_best_is_each_sides_own_fastest(monkeypatch: pytest.MonkeyPatch):

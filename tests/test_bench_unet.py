@@ -95,8 +95,8 @@ def test_a_failing_compiler_is_no_result(monkeypatch: pytest.MonkeyPatch):
 class Imagined(Sides):
     """Sides that take as long as `cost` says, in no time."""
 
-    def __init__(self, cost: Callable[[Job], float]) -> None:
-        self.cost = cost
+    def __init__(self, cost: Callable[[Job], float], broken: str = "default") -> None:
+        self.cost, self.broken = cost, broken
 
     def __enter__(self) -> "Imagined":
         return self
@@ -105,7 +105,7 @@ class Imagined(Sides):
         pass
 
     def run(self, measure: Callable, job: Job) -> Any:
-        if job.compiler == "default":
+        if job.peer and job.compiler == self.broken:
             raise RuntimeError("no compiler")
         return (np.ones(1), 1.0, 7.0) if measure is sides.first else self.cost(job)
 
@@ -149,8 +149,8 @@ def test_rows(monkeypatch: pytest.MonkeyPatch):
             for task in ("forward", "sampling") for kind in kinds
         },
     }  # fmt: skip
-    # Compiled by us: four calls of one search, which serves two rows, and three of each row.
-    assert asked.count(replace(tuned, compiler="ours")) == 4 + 3 * 3 and replace(tuned, precision="float32") in asked
+    # Compiled by us: four calls of one search, which serves two rows, and two of each row.
+    assert asked.count(replace(tuned, compiler="ours")) == 4 + 3 * 2 and replace(tuned, precision="float32") in asked
     assert replace(tuned, precision="float32", compiler="ours") not in asked, "which takes minutes"
     asked.clear()
     assert set(ratios(True, "cpu cuda", "sampling")) == {
@@ -161,6 +161,16 @@ def test_rows(monkeypatch: pytest.MonkeyPatch):
     assert {(job.task, job.precision) for job in asked} == {("sampling", "bfloat16")}, "float32 takes minutes, too"
     with pytest.raises(UserError, match="No 'training step' is timed on cpu at this size.*forward, training step"):
         ratios(True, "cpu", "training step")
+
+
+def test_a_row_whose_compiler_fails_is_left_out(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(unet, "Sides", lambda: Imagined(lambda job: 1.0, broken="ours"))
+    with pytest.warns(UserWarning, match="No row for sampling, .*, compiled our way: a compiler failed. no compiler"):
+        rows = list(unet.unet(2, device="cpu", task="sampling"))
+    assert [row["name"].removeprefix("sampling") for row in rows][-2:] == [", best, not compiled", ", best"]
+    monkeypatch.setattr(unet, "Sides", lambda: Imagined(lambda job: 1.0, broken=""))  # the peer fails without one
+    with pytest.raises(RuntimeError):
+        list(unet.unet(2, device="cpu", task="sampling"))
 
 
 def test_the_devices(monkeypatch: pytest.MonkeyPatch):

@@ -101,7 +101,7 @@ class Sides:
 
     def run(self, measure: Callable[[Job], Any], job: Job) -> Any:
         """A measurement in the process of the job's side."""
-        return (self.theirs if job.peer else self.ours).submit(measure, job).result()
+        return (self.theirs if job.peer else self.ours).submit(in_words, measure, job).result()
 
     def fastest(self, job: Job, compiler: str = "") -> Job:
         """The way that was the fastest of three calls, after one that is not counted. A compiler can fail."""
@@ -129,9 +129,6 @@ class Sides:
         jobs = ours, theirs or replace(ours, peer=True)
         results, peaks, times = zip(*(self.run(first, job) for job in jobs))
         if runs:
-            for job in jobs:
-                if job.compiler:  # the second call may record a CUDA graph
-                    self.run(seconds, job)
             turns = [[self.run(seconds, job) for job in jobs] for _ in range(runs)]
             times = tuple(median(side) for side in zip(*turns))
         same = jobs[0].setting == jobs[1].setting
@@ -210,6 +207,14 @@ def diffusers() -> ModuleType:
 # What follows runs in the processes of the two sides.
 
 
+def in_words(measure: Callable[[Job], Any], job: Job) -> Any:
+    """The measurement. An error is told as a RuntimeError, since those of the compiler do not survive the way back."""
+    try:
+        return measure(job)
+    except Exception as error:
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+
 def as_theirs(settings: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
     """diffusers' network of these settings, with these weights."""
     with torch.device("meta"):
@@ -235,6 +240,8 @@ def first(job: Job) -> tuple[np.ndarray, float | None, float]:
         getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
         (PROCESS / "clear_refs").write_text("5")  # sets the peak back to what is in memory now
     took, result = _timed(call, job.device)
+    if job.compiler:
+        call()  # which may record a CUDA graph
     peak = None
     if cuda:
         peak = torch.cuda.max_memory_allocated() / 2**20

@@ -125,7 +125,7 @@ class UNetJob(Job):
         if self.peer:
             from diffusers.training_utils import EMAModel
 
-            average = EMAModel(weights, decay=0.999)
+            average = EMAModel(weights, decay=0.999, foreach=True)
         else:
             ema = [w.detach().clone() for w in weights]
 
@@ -163,7 +163,7 @@ def unet(
         task: one of `TASKS`, by default all.
 
     Returns:
-        rows of `Sides.row`, each as soon as it is measured.
+        rows of `Sides.row`, each as soon as it is measured. One whose compiler fails is left out, with a warning.
 
     Raises:
         UserError: no diffusers here, no such task, or none that is timed.
@@ -181,7 +181,14 @@ def unet(
                 ours, theirs = plan.job, replace(plan.job, peer=True)
                 if plan.best:
                     ours, theirs = (fastest(job, compiler) for job, compiler in zip((ours, theirs), plan.compilers))
-                yield sides.row(plan.name, ours, runs, theirs)
+                try:
+                    row = sides.row(plan.name, ours, runs, theirs)
+                except RuntimeError as error:
+                    if not ours.compiler and not theirs.compiler:
+                        raise
+                    warnings.warn(f"No row for {plan.name}, {ours.setting}: a compiler failed. {error}", stacklevel=2)
+                else:
+                    yield row
 
 
 def _insisting(denoiser: Denoiser) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

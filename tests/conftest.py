@@ -1,4 +1,4 @@
-"""What all tests share: no network, the short training budget, one thread, no GPU test without a GPU."""
+"""What all tests share: no network, the short training budget, one thread of the CPU, no GPU test without a GPU."""
 
 import os
 
@@ -6,6 +6,7 @@ import pytest
 
 # Set before torch or transformers is imported; the kernels that nbval starts inherit them.
 os.environ.setdefault("LDM_EDU_BUDGET", "check")
+os.environ.setdefault("LDM_EDU_DEVICE", "cpu")  # test_gpu.py takes it away
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["HF_HUB_OFFLINE"] = "1"

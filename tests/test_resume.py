@@ -158,6 +158,7 @@ def test_old_latents_are_not_taken_for_new_ones(tmp_path: Path):
     assert_right(other, 20)  # the last one alone is another
 
 
+@pytest.mark.filterwarnings("ignore:No step was saved")
 def test_a_new_run_takes_no_old_latents(tmp_path: Path):
     settings = DiffusionSettings(steps=1, pictures=40, batch_size=2, log_every=1, save_every=1)
     pictures = torch.rand(40, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -183,6 +184,7 @@ def test_a_new_run_takes_no_old_latents(tmp_path: Path):
         ({"pictures": torch.zeros(40, 3, 16, 32)}, "square.*16 × 32"), ({"captions": ["a"] * 3}, "there are 3"),
         ({"captions": ["a"] * 39 + ["a dog"]}, "never saw 'dog'"), ({"prediction": "v"}, "predicts 'v', but .* 'eps'"),
         ({"pictures": torch.full((40, 3, 16, 16), 255.0)}, "reach 255.*/ 127.5 - 1"),
+        ({"pictures": torch.full((40, 3, 16, 16), torch.nan)}, "reach nan"),
     ],
 )  # fmt: skip
 def test_what_a_diffusion_model_cannot_learn_from(changes: dict, words: str, tmp_path: Path):
@@ -210,7 +212,8 @@ def test_a_run_goes_on_with_the_model_captions_and_pictures_that_it_began_with(t
         if changes.get("words"):
             model.conditioner = TextConditioner.from_words(changes["words"], length=8, channels=16, layers=2, heads=2)
         images, captions = changes.get("pictures", pictures), changes.get("captions", ["a star"] * 8)
-        train_diffusion("it", model, settings, images.__getitem__, captions, "", tmp_path / "run", resume, on_step)
+        train_diffusion("it", model, replace(settings, pictures=len(images)), images.__getitem__, captions, "",
+                        tmp_path / "run", resume, on_step)  # fmt: skip
 
     with pytest.raises(Stopped):
         run(False, stop_at(3))
@@ -219,6 +222,7 @@ def test_a_run_goes_on_with_the_model_captions_and_pictures_that_it_began_with(t
         ({"captions": ["a star"] * 7 + ["a red star"]}, r"other settings \(captions\)"),
         ({"words": [*tiny.WORDS[:-2], "star", "red"]}, r"other settings \(captions, conditioner\)"),
         ({"pictures": pictures.flip(0)}, "run.latents.safetensors are of other pictures"),
+        ({"pictures": pictures.repeat(2, 1, 1, 1), "captions": ["a star"] * 16}, "are of 8 pictures, not 16"),
     ):
         with pytest.raises(UserError, match=words):
             run(**changes)
@@ -229,6 +233,12 @@ def test_a_run_goes_on_with_the_model_captions_and_pictures_that_it_began_with(t
     with pytest.raises(UserError, match=r"other settings \(captions: not recorded\)"):
         run()
     state.write_text(json.dumps(whole))
+    latents = tmp_path / "run.latents.safetensors"
+    kept = latents.read_bytes()
+    latents.write_bytes(kept[:100])
+    with pytest.raises(UserError, match="run.latents.safetensors is damaged .*Remove it"):
+        run()
+    latents.write_bytes(kept)
     run()
     card = (tmp_path / "run/checkpoint/README.md").read_text()
     assert "# it" in card and "Command" not in card, "no recipe is called so"

@@ -138,6 +138,25 @@ def test_where_a_run_cannot_be_saved(tmp_path: Path):
     with pytest.raises(UserError, match="not empty.*--resume"):
         fit(Line(), three_numbers, SHORT, tmp_path / "out")
     assert tables(tmp_path / "out")[1] == before and (tmp_path / "file").read_text() == "mine"
+    foreign = tmp_path / "foreign"  # a committed checkpoint, say: it has a history.csv, too
+    foreign.mkdir()
+    for name in ("history.csv", "README.md"):
+        (foreign / name).write_text("mine")
+    with pytest.raises(UserError, match="No run was saved in .*foreign, but README.md is there"):
+        fit(Line(), three_numbers, SHORT, foreign, resume=True)
+    assert {path.read_text() for path in foreign.iterdir()} == {"mine"}
+
+
+def test_a_run_that_failed_at_once_can_be_started_again(tmp_path: Path):
+    def refused(_: torch.Generator) -> Tensor:
+        raise UserError("no pictures")
+
+    with pytest.raises(UserError, match="no pictures"):
+        fit(Line(), refused, SHORT, tmp_path / "out")
+    fit(Line(), three_numbers, SHORT, tmp_path / "out")
+    with pytest.warns(UserWarning, match="No step was saved in .*: the run begins at step 0"):
+        fit(Line(), three_numbers, SHORT, tmp_path / "new", resume=True)
+    assert_same(tmp_path / "new", tmp_path / "out")
 
 
 def test_a_full_disk_is_said_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -33,7 +33,11 @@ def model_card(name: str, about: str, settings: Settings, history: History, mode
     parameters = sum(p.numel() for p in model.parameters())
     last = history.rows[-1] if history.rows else {}
     rows = "\n".join(f"| {k} | {v} |" for k, v in asdict(settings).items())
-    command = f"- Command: `ldm-edu train {name}`\n" if name in recipes.names() else ""
+    command = ""
+    if name in recipes.names():  # of its sizes, the one with the fewest changes
+        made, sizes = asdict(settings), recipes.get(name).SETTINGS.values()
+        changes = [[f" --set {k}={v}" for k, v in made.items() if v != getattr(size, k)] for size in sizes]
+        command = f"- Command: `ldm-edu train {name}{''.join(min(changes, key=len))}`\n"
     readings = "\n".join(f"| {k} | {v} |" for k, v in last.items())
     return f"""# {name}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -103,21 +104,25 @@ def encode_all(
         renew: write the file again where it is not right; else that is an error.
 
     Raises:
-        UserError: pictures that leave [-1, 1] by more than half, or latents in `cache` that are not to be renewed.
+        UserError: pictures that leave [-1, 1] by more than half, or latents in `cache` that are damaged or not to be
+            renewed.
     """
     device = pick_device()
     first_stage = first_stage.to(device)
 
     def encode(index: Tensor) -> tuple[Tensor, Tensor]:
         images = get_images(index)
-        if (most := images.abs().max()) > 1.5:
+        if not (most := images.abs().max()) <= 1.5:
             raise UserError(f"Pictures lie in [-1, 1]; these reach {most:g}. From 0 to 255? Take images / 127.5 - 1.")
         with autocast(device, fast_precision(device)):
             posterior = first_stage.posterior(images.to(device))
         return posterior.mean.half().cpu(), (0.5 * posterior.logvar).exp().half().cpu()
 
     if cache and cache.is_file():
-        stored = load_file(cache)
+        try:
+            stored = load_file(cache)
+        except SafetensorError as error:
+            raise UserError(f"{cache} is damaged ({error}). Remove it: the latents are then computed again.") from error
         # Of other pictures or another first stage? Then these few differ.
         chosen = torch.linspace(0, count - 1, min(count, 16)).long()
         few = encode(chosen)[0].float()
@@ -125,10 +130,9 @@ def encode_all(
         if fits and (stored["mean"][chosen] - few).norm() < 0.05 * few.norm():
             return stored["mean"], stored["std"]
         if not renew:
-            raise UserError(
-                f"The latents in {cache} are of other pictures or of another first stage: resume the run with the same "
-                "ones, or choose another --out."
-            )
+            others = "other pictures or of another first stage"
+            what = others if len(stored["mean"]) == count else f"{len(stored['mean'])} pictures, not {count}"
+            raise UserError(f"The latents in {cache} are of {what}: resume with the same, or choose another --out.")
     parts = [encode(index) for index in progress(torch.arange(count).split(256), desc="encoding")]
     mean, std = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     if cache:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from ldm_edu.runtime import UserError, has_fast_bfloat16, pick_device, progress
 from ldm_edu.training.muon import Muon
 from ldm_edu.training.settings import Settings
-from ldm_edu.training.state import History, load_state, save_state, saving, started_with
+from ldm_edu.training.state import History, load_state, save_state, saved_steps, saving, started_with
 
 GetBatch = Callable[[torch.Generator], Any]
 OnStep = Callable[[int, dict[str, float]], None]
@@ -97,6 +98,8 @@ def fit(
     ema = [w.detach().clone() for w in weights]
     saved = load_state(out, objective, ema, optimizer, settings) if out and resume else None
     start, seconds = (saved["step"], saved["seconds"]) if saved else (0, 0.0)
+    if out and resume and not saved:
+        warnings.warn(f"No step was saved in {out}: the run begins at step 0.", stacklevel=2)
     main = accelerator.is_main_process
     history = History(out / "history.csv" if out and main else None, keep_to=start)
 
@@ -126,9 +129,8 @@ def fit(
             # The gradient too: the loss is of the weights before this step, and those after it are saved next.
             if not (math.isfinite(means["loss"]) and math.isfinite(means["gradient_norm"])):
                 raise UserError(
-                    f"The loss is {means['loss']} and its gradient {means['gradient_norm']} at step {done}: "
-                    "training has diverged; what was saved is whole. "
-                    "Try a lower learning_rate, or precision=no."
+                    f"The loss is {means['loss']} and its gradient {means['gradient_norm']} at step {done}: training "
+                    "has diverged; what was saved is whole. Try a lower learning_rate, or precision=no."
                 )
             history.add(done, means)
             bar.set_postfix_str(f"loss {means['loss']:.4f}")
@@ -169,19 +171,15 @@ def _accelerator(settings: Settings, device: torch.device, idle: bool) -> Accele
 
 
 def _optimizer(objective: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    common = dict(
-        lr=settings.learning_rate,
-        betas=(settings.beta1, settings.beta2),
-        weight_decay=settings.weight_decay,
-    )
+    betas = settings.beta1, settings.beta2
+    common = dict(lr=settings.learning_rate, betas=betas, weight_decay=settings.weight_decay)
     # A discriminator is played against, not only trained: little momentum, as is usual for GANs, and smaller steps.
     ours, *theirs = _players(objective)
     others = [dict(params=player, betas=(0.5, 0.9), scale=0.5) for player in theirs]
     if settings.optimizer == "muon":
         return Muon(objective, **common, others=others)
-    return torch.optim.AdamW(
-        [dict(params=ours), *others], **common, fused=ours[0].device.type in ("cuda", "cpu")
-    )
+    fused = ours[0].device.type in ("cuda", "cpu")
+    return torch.optim.AdamW([dict(params=ours), *others], **common, fused=fused)
 
 
 def _players(objective: nn.Module) -> list[list[nn.Parameter]]:
@@ -196,7 +194,8 @@ def prepare_folder(out: Path, resume: bool) -> None:
     """Make a run's folder.
 
     Raises:
-        UserError: its parent does not exist, it holds a run that `resume` does not take up, or cannot be written.
+        UserError: its parent does not exist, it holds a run that `resume` does not take up, or something else, or it
+            cannot be written.
     """
     if not out.parent.is_dir():
         raise UserError(f"Cannot save to {out}: the folder {out.parent} does not exist. Create it first.")
@@ -204,5 +203,9 @@ def prepare_folder(out: Path, resume: bool) -> None:
         raise UserError(f"Cannot save to {out}: it is a file. Choose another --out.")
     with saving(out):
         out.mkdir(exist_ok=True)
-        if any(out.iterdir()) and not resume:
+        inside = [path.name for path in out.iterdir()]
+        if inside and not resume:
             raise UserError(f"The folder {out} is not empty. Go on with --resume, or choose another --out.")
+        strange = [name for name in inside if not name.startswith(("step-", "history.", "checkpoint."))]
+        if strange and not saved_steps(out):
+            raise UserError(f"No run was saved in {out}, but {strange[0]} is there. Choose another --out.")

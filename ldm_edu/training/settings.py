@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
 from ldm_edu.runtime import UserError
@@ -43,12 +43,15 @@ class Settings:
     save_every: int = 500
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            least = 0 if name in ("warmup", "seed", "restart_after", "vq_start", "disc_start", "disc_warmup") else 1
-            if isinstance(value, int) and value < least:
-                raise UserError(f"The setting {name} must be at least {least}; it is {value}.")
-            if isinstance(value, float) and not 0 <= value < math.inf:
-                raise UserError(f"The setting {name} must be a number, and not negative; it is {value}.")
+        can_be_0 = "warmup", "seed", "restart_after", "vq_start", "disc_start", "disc_warmup"
+        for name, kind in kinds_of(self).items():
+            value, least = getattr(self, name), 0 if kind is float or name in can_be_0 else 1
+            fits = isinstance(value, int) or (kind is float and isinstance(value, float))
+            if kind is not str and not (fits and least <= value < math.inf):
+                number = "a number" if kind is float else "a whole number"
+                raise UserError(f"The setting {name} must be {number}, at least {least}; it is {value!r}.")
+        if not self.gradient_clip:
+            raise UserError("The setting gradient_clip is 0, so nothing would be trained; 1e9 would clip nothing.")
         for name in ("beta1", "beta2", "ema_decay"):
             if getattr(self, name) >= 1:
                 raise UserError(f"The setting {name} must be less than 1; it is {getattr(self, name)}.")
@@ -57,13 +60,16 @@ class Settings:
         if self.seed >= 2**32:
             raise UserError(f"The setting seed must be less than 2**32; it is {self.seed}.")
         if self.save_every % self.log_every:
-            raise UserError(
-                f"save_every ({self.save_every}) must be a multiple of log_every ({self.log_every})."
-            )
+            raise UserError(f"save_every ({self.save_every}) must be a multiple of log_every ({self.log_every}).")
         if self.optimizer not in ("adamw", "muon"):
             raise UserError(f"The setting optimizer is adamw or muon; it is {self.optimizer!r}.")
         if self.precision not in ("auto", "bf16", "no"):
             raise UserError(f"The setting precision is auto, bf16 or no; it is {self.precision!r}.")
+
+
+def kinds_of(settings: Settings) -> dict[str, type]:
+    """int, float or str for each setting, as its default is."""
+    return {field.name: type(field.default) for field in fields(settings)}
 
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
@@ -75,8 +81,7 @@ def override(settings: AnySettings, changes: Mapping[str, str]) -> AnySettings:
     Raises:
         UserError: an unknown setting, with the known ones, or a value of the wrong type.
     """
-    kinds = {f.name: type(getattr(settings, f.name)) for f in fields(settings)}
-    values = {}
+    kinds, values = kinds_of(settings), {}
     for key, text in changes.items():
         if key not in kinds:
             raise UserError(f"There is no setting {key!r}; there are {', '.join(kinds)}.")

@@ -152,7 +152,7 @@ class History:
         return "\n".join([",".join(names), *(",".join(row.get(n, "") for n in names) for row in self.rows)]) + "\n"
 
     def _write_all(self) -> None:
-        if self.path:
+        if self.path and (self.rows or self.path.is_file()):  # a run that fails at once leaves none
             new = self.path.with_suffix(".tmp")
             with saving(self.path):
                 new.write_text(self.text() if self.rows else "")

@@ -94,9 +94,9 @@ def sample(
     sampler: Annotated[str, typer.Option(help="ddim, ddpm, plms (not below 25 steps) or dpm-solver.")] = "ddim",
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is none.")] = 3.0,
     seed: Annotated[int, typer.Option(help="Of each prompt's first picture; the next have +1.")] = 0,
-    out: Annotated[Path, typer.Option(help="FILE.png for one sheet; a folder for a file a picture.")] = Path(
-        "sample.png"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="FILE.png for one sheet; a folder for a file a picture.")
+    ] = Path("sample.png"),
 ) -> None:
     """Draw pictures from text.
 
@@ -131,7 +131,7 @@ def sample(
         files = {out / name: image for name, image in zip(names, images)}
     for path, image in files.items():
         write_png(path, image)
-        typer.echo(path)
+    typer.echo("\n".join(map(str, files)))
 
 
 def _names_a_file(out: Path) -> bool:
@@ -157,8 +157,8 @@ def reconstruct(
     """Encode and decode pictures; print PSNR and SSIM beside a bicubic copy's.
 
     RGB at 8 bits, mean of the pictures' values. A picture is padded by reflection to a multiple of the first
-    stage's f, and cropped back. The bicubic copy is the picture shrunk by f and enlarged again. A result that
-    is there is replaced, unless it lies beside the originals.
+    stage's f, and cropped back. The bicubic copy is the picture shrunk by f and enlarged again. A file that is
+    there is replaced; beside the originals only the one that --out names.
     """
     if out is not None and _names_a_file(out) and source.is_dir():
         raise UserError(f"{source} is a folder, so --out must name a folder too, not {out}.")
@@ -179,9 +179,7 @@ def train(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Named as the checkpoint it makes.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/RECIPE.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last saved step.")] = False,
-    size: Annotated[
-        str | None, typer.Option(metavar="cpu|gpu", help="By default, what the device can carry.")
-    ] = None,
+    size: Annotated[str | None, typer.Option(metavar="cpu|gpu", help="By default, what the device can carry.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; repeatable.")
     ] = None,

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -178,6 +179,7 @@ def test_without_diffusers_words(monkeypatch: pytest.MonkeyPatch):
         (["unet", "--channels", 64], ["--channels", "--large"]),
         (["unet", "--plot", "ratios.pdf"], ["ratios.pdf", "FILE.png"]),
         (["unet", "--plot", "nowhere/ratios.png"], ["nowhere", "folder that exists"]),
+        (["unet", "--plot", "taken.png"], ["taken.png", "FILE.png"]),
         (["first-stage", "--size", 100], ["multiple of 8", "100"]),
         (["first-stage", "--size", 0], ["multiple of 8", "0"]),
         (["first-stage", "--channels", 48], ["multiple of the 32 groups", "48"]),
@@ -190,6 +192,10 @@ def test_without_diffusers_words(monkeypatch: pytest.MonkeyPatch):
         ([], ["first-stage"]),
     ],
 )
-def test_bench_refuses(monkeypatch: pytest.MonkeyPatch, arguments: list, words: list[str]):
+def test_bench_refuses(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list, words: list[str]
+):
+    monkeypatch.chdir(tmp_path)
+    Path("taken.png").mkdir()
     monkeypatch.setattr(first_stage, "_rows", SimpleNamespace)  # which would start the processes
     refused(run("bench", *arguments), *words)

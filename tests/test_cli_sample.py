@@ -41,6 +41,17 @@ def test_sample_writes_a_folder(models: SimpleNamespace, here: Path):
     )  # an existing folder
 
 
+def test_all_is_written_before_a_name_is_printed(models: SimpleNamespace, here: Path, monkeypatch: pytest.MonkeyPatch):
+    """`| head -1` closes the pipe."""
+
+    def closed(*_: object, **__: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("ldm_edu.cli.typer.echo", closed)
+    assert sample(models, PROMPT, "--num", 3, "--out", "pictures").exit_code == 1
+    assert len(os.listdir("pictures")) == 3
+
+
 def test_sample_is_the_same_in_any_batch(models: SimpleNamespace, here: Path):
     assert sample(models, PROMPT, "--num", 20, "--out", "many").exit_code == 0  # two batches
     assert sample(models, PROMPT, "--num", 1, "--seed", 18, "--out", "one").exit_code == 0

@@ -3,6 +3,7 @@
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,11 @@ from ldm_edu.datasets.images import (
     to_uint8,
     write_png,
 )
+from ldm_edu.datasets.reader import read_scenes
 from ldm_edu.runtime import UserError
+from ldm_edu.widgets import Frame, FrameSlider, show
 
+BYTES = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
 COLOURS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 
 
@@ -254,3 +258,18 @@ def test_crop_to_square_takes_the_middle():
     image = torch.arange(6.0).expand(3, 2, 6)
     assert crop_to_square(image)[0].tolist() == [[2.0, 3.0]] * 2
     assert crop_to_square(image.mT).shape == (3, 2, 2)
+
+
+@pytest.mark.parametrize(
+    "use", [lambda x: show(x, "bytes"), lambda x: FrameSlider([Frame("t = 0", {"it": x})]), read_scenes, to_uint8]
+)
+def test_bytes_are_refused_where_pictures_are_shown_or_read(use: Callable):
+    """Taken for values in [-1, 1], nearly all of them would be white."""
+    with pytest.raises(UserError, match="uint8: images / 127.5 - 1"):
+        use(BYTES)
+
+
+def test_a_batch_is_no_image(tmp_path: Path):
+    with pytest.raises(UserError, match=r"one image \(3, H, W\) or a batch .*, not \(1, 2, 3, 64, 64\)"):
+        write_png(tmp_path / "x.png", BYTES / 255)
+    assert not list(tmp_path.iterdir())

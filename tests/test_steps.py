@@ -53,6 +53,18 @@ def test_shares_are_of_each_setting_and_seed():
     assert len(set(noises)) == 12
 
 
+def test_noise_of_a_large_seed_is_noise_that_torch_can_draw():
+    class Blank(Painter):
+        def sample(self, prompts: list[str], **options: object) -> Tensor:
+            self.calls.append(options)
+            return torch.zeros(len(prompts), 3, 64, 64)
+
+    painter = Blank()
+    measure_samplers(painter, 3, (1, 5000, 2**32 - 1), (Setting("ddim", 5),))
+    seeds = [seed for call in painter.calls for seed in call["seeds"]]
+    assert len(set(seeds)) == 9 and min(seeds) == 1_000_000 and max(seeds) < 2**32
+
+
 def test_refused():
     for arguments in (dict(captions=0), dict(seeds=(0, 1))):
         with pytest.raises(UserError, match="caption|Seed 0"):

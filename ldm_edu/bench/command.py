@@ -46,7 +46,7 @@ def bench(
         raise UserError("The UNet is timed at its own size: leave out --size and --channels, or add --large.")
     if what != "unet" and task is not None:
         raise UserError("--task is for the unet.")
-    if plot and not (plot.suffix.lower() == ".png" and plot.parent.is_dir()):
+    if plot and (plot.is_dir() or not (plot.suffix.lower() == ".png" and plot.parent.is_dir())):
         raise UserError(f"--plot {plot}: name a FILE.png in a folder that exists.")
 
     from tqdm import tqdm
@@ -61,6 +61,6 @@ def bench(
     for row in made:
         rows.append(row)
         tqdm.write(sides.line(row), file=sys.stderr)
+    typer.echo(json.dumps({"rows": rows}, allow_nan=False) if as_json else sides.table(rows))
     if plot:
         sides.plot(rows, plot)
-    typer.echo(json.dumps({"rows": rows}, allow_nan=False) if as_json else sides.table(rows))

@@ -58,7 +58,7 @@ def decode(path: str | Path, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Im
         width, height = image.size
         if width * height > max_megapixels * 1_000_000:
             raise UserError(
-                f"{path} has {width} x {height} pixels, {width * height / 1e6:.0f} megapixels; "
+                f"{path} has {width} x {height} pixels, {width * height / 1e6:.1f} megapixels; "
                 f"the limit here is {max_megapixels}. Make a smaller copy, or cut it into tiles."
             )
         try:
@@ -115,9 +115,11 @@ def to_uint8(images: Tensor) -> np.ndarray:
     """Images `(B, 3, H, W)` in [-1, 1] as uint8 `(B, H, W, 3)`; values outside the range are clipped.
 
     Raises:
-        UserError: a value is not finite, as after a training that diverged; or they are integers already.
+        UserError: a value is not finite, as after a training that diverged; another shape; or they are integers.
     """
     refuse_bytes(images)
+    if images.ndim != 4:
+        raise UserError(f"This takes one image (3, H, W) or a batch (B, 3, H, W), not {tuple(images.shape)}.")
     if not torch.isfinite(images).all():
         raise UserError("The picture holds NaN or infinite values; the model that made it is not usable.")
     levels = images.detach().float().clamp(-1, 1).add(1).mul(127.5).round()

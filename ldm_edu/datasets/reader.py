@@ -18,7 +18,7 @@ from torch import Tensor
 from ldm_edu.datasets.captions import SIZES, Thing, relation
 from ldm_edu.datasets.shapes import COLOUR_NAMES, PALETTE, RADII, SHAPE_NAMES
 from ldm_edu.datasets.signed_distance import UNIT_AREAS, UNIT_CENTRES, coverage
-from ldm_edu.runtime import UserError, batches
+from ldm_edu.runtime import UserError, batches, refuse_bytes
 
 FOREGROUND = 0.22  # least colourfulness (largest minus smallest channel, 0 to 1) of an object's pixels
 SPECK = 0.0045  # smaller patches, in shares of the picture, are ignored; too many of them make it no scene
@@ -46,8 +46,9 @@ def read_scenes(images: Tensor) -> list[Reading]:
     """Read pictures `(B, 3, S, S)` in [-1, 1]. See `Reading`.
 
     Raises:
-        UserError: another shape.
+        UserError: another shape, or integers.
     """
+    refuse_bytes(images)
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
         raise UserError(f"Scenes come as square pictures (B, 3, S, S); this is {tuple(images.shape)}.")
     pixels = ((images.detach().float().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).cpu().numpy()

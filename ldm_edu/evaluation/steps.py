@@ -67,7 +67,8 @@ def measure_samplers(
         scenes = ShapeScenes(64, count=captions, seed=seed, objects=(2, 2))
         texts, wanted = scenes.captions(range(captions), full=True), wanted_things(scenes)
         for shares, setting in zip(faithful, settings, strict=True):
-            noise_seeds = range(seed * 1_000_000, seed * 1_000_000 + captions)
+            first = seed * 1_000_000 % (2**32 - captions)
+            noise_seeds = range(first, first + captions)
             images = drawn(
                 model, texts, noise_seeds, batch_size, bar, guidance_scale=guidance_scale, **setting._asdict()
             )

@@ -74,7 +74,7 @@ class AttentionExplorer(StillBox):
     def panels(self, word: int, layer: str, step: int) -> list[np.ndarray]:
         """The picture at a step, and the same with a light on who reads the word."""
         lit = spotlight(self.pictures[step].float().cpu(), self.maps[layer][step, word].cpu())
-        return [sheet(image[None]) for image in (self.pictures[step].float().cpu(), lit)]
+        return [sheet(image[None]) for image in (self.pictures[step].cpu(), lit)]
 
     def still(self) -> bytes:
         layer = self.options["layer"][self.sliders["layer"].value]

@@ -62,7 +62,7 @@ class FrameSlider(StillBox):
             raise UserError(
                 f"Every frame needs the same captions: {list(self.rows)} so far, now {list(frame.pictures)}."
             )
-        pictures = {caption: sheet(images.detach().float().cpu()) for caption, images in frame.pictures.items()}
+        pictures = {caption: sheet(images.detach().cpu()) for caption, images in frame.pictures.items()}
         cells = []
         for caption, picture in pictures.items():
             self.rows.setdefault(caption, []).append(picture)

@@ -35,7 +35,7 @@ def show(
     Raises:
         UserError: there is no picture, no alt text, or not one caption for each picture.
     """
-    batch = [image.detach().float().cpu() for image in pictures]
+    batch = [image.detach().cpu() for image in pictures]
     if not batch or any(image.ndim != 3 or image.shape[0] != 3 for image in batch):
         shapes = ", ".join(str(tuple(image.shape)) for image in batch) or "nothing"
         raise UserError(f"show wants pictures of shape (B, 3, H, W); it was given {shapes}.")

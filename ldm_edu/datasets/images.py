@@ -58,7 +58,7 @@ def decode(path: str | Path, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Im
         width, height = image.size
         if width * height > max_megapixels * 1_000_000:
             raise UserError(
-                f"{path} has {width} x {height} pixels, {width * height / 1e6:.1f} megapixels; "
+                f"{path} has {width} x {height} pixels, {width * height / 1e6:.4g} megapixels; "
                 f"the limit here is {max_megapixels}. Make a smaller copy, or cut it into tiles."
             )
         try:

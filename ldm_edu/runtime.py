@@ -44,10 +44,10 @@ def pick_device(name: str | None = None) -> torch.device:
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 is worth using: GPUs from Ampere on, and CPUs with matrix units (AMX)."""
+    """Whether bfloat16 is worth using: GPUs from Ampere on, CPUs with units for it (AMX, AVX512-BF16)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 def fast_precision(device: torch.device) -> str:

@@ -1,4 +1,4 @@
-"""Training in two processes, as on two GPUs: different pictures, the same weights, one history."""
+"""Training in two processes, as on two GPUs: different pictures, the same weights, one history. And which device."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ldm_edu.runtime import pick_device
+from ldm_edu.runtime import has_fast_bfloat16, pick_device
 
 
 @pytest.mark.slow
@@ -41,3 +41,10 @@ def test_which_gpu_of_several(name: str, rank: str | None, chosen: list[int], mo
     if rank:
         monkeypatch.setenv("LOCAL_RANK", rank)
     assert pick_device(name).type == "cuda" and made == chosen
+
+
+@pytest.mark.parametrize("amx, avx, fast", [(True, False, True), (False, True, True), (False, False, False)])
+def test_which_processors_are_fast_in_bfloat16(amx: bool, avx: bool, fast: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
+    assert has_fast_bfloat16(torch.device("cpu")) is fast

@@ -104,10 +104,10 @@ class Sides:
         return (self.theirs if job.peer else self.ours).submit(in_words, measure, job).result()
 
     def fastest(self, job: Job, compiler: str = "") -> Job:
-        """The way that was the fastest of three calls, each after one that is not counted. A compiler can fail.
+        """The way that was the fastest of three calls, after others that are not counted. A compiler can fail.
 
-        The ways take turns, since a shared machine has slow moments. Those that are compiled do not: each turn would
-        compile again.
+        The ways take turns, since a shared machine has slow moments, each turn with a call to warm up. Those that are
+        compiled do not: each turn would compile again.
         """
 
         def trial(way: Job) -> float:

@@ -149,8 +149,8 @@ def test_rows(monkeypatch: pytest.MonkeyPatch):
             for task in ("forward", "sampling") for kind in kinds
         },
     }  # fmt: skip
-    # Compiled by us: four calls of one search, which serves two rows, and two of each row.
-    assert asked.count(replace(tuned, compiler="ours")) == 4 + 3 * 2 and replace(tuned, precision="float32") in asked
+    # Compiled by us: six calls of one search, which serves two rows, and two of each row.
+    assert asked.count(replace(tuned, compiler="ours")) == 6 + 3 * 2 and replace(tuned, precision="float32") in asked
     assert replace(tuned, precision="float32", compiler="ours") not in asked, "which takes minutes"
     asked.clear()
     assert set(ratios(True, "cpu cuda", "sampling")) == {

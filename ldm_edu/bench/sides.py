@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -79,12 +78,15 @@ class Job:
         return ["float32"] + ["bfloat16"] * has_fast_bfloat16(torch.device(self.device))
 
     def ways(self, compiler: str = "") -> Iterable[Job]:
-        """Every precision and memory order; with a compiler, compiled, too: on a GPU in the last precision alone."""
+        """Every precision and memory order; with a compiler, compiled, too, in the last precision.
+
+        That is channels last on a GPU; on a CPU in either order, but for "ours", which lays out the weights by itself.
+        """
         for precision, last in product(self.precisions, (False, True)):
             yield replace(self, precision=precision, channels_last=last)
-        cpu = self.device == "cpu"
-        for precision in (self.precisions if cpu else self.precisions[-1:]) if compiler else ():
-            yield replace(self, precision=precision, channels_last=not cpu, compiler=compiler)
+        orders = {"": (), "ours": (self.device != "cpu",), "default": (self.device != "cpu", True)}
+        for last in dict.fromkeys(orders[compiler]):
+            yield replace(self, precision=self.precisions[-1], channels_last=last, compiler=compiler)
 
 
 class Sides:
@@ -104,25 +106,20 @@ class Sides:
         return (self.theirs if job.peer else self.ours).submit(in_words, measure, job).result()
 
     def fastest(self, job: Job, compiler: str = "") -> Job:
-        """The way that was the fastest of three calls, after others that are not counted. A compiler can fail.
+        """The way with the fastest of three calls, each after one that is not counted. A compiler can fail.
 
-        The ways take turns, since a shared machine has slow moments, each turn with a call to warm up. Those that are
-        compiled do not: each turn would compile again.
+        The ways take turns, since a shared machine has slow moments.
         """
-
-        def trial(way: Job) -> float:
+        took = dict.fromkeys(job.ways(compiler), math.inf)
+        for way in [*took] * 3:
             try:
-                return min([self.run(seconds, way) for _ in range(4 if way.compiler else 2)][1:])
+                if way in took:
+                    took[way] = min(took[way], [self.run(seconds, way) for _ in range(2)][1])
             except Exception:
                 if not way.compiler:
                     raise
-                return math.inf
-
-        ways = list(job.ways(compiler))
-        took = dict.fromkeys(ways, math.inf)
-        for way in [way for way in ways if not way.compiler] * 3 + [way for way in ways if way.compiler]:
-            took[way] = min(took[way], trial(way))
-        return min(ways, key=took.__getitem__)
+                del took[way]
+        return min(took, key=took.__getitem__)
 
     def row(self, name: str, ours: Job, runs: int, theirs: Job | None = None) -> Row:
         """Measure one row; with no runs, the time is that of the warm-up.
@@ -234,9 +231,10 @@ def as_theirs(settings: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module
 def first(job: Job) -> tuple[np.ndarray, float | None, float]:
     """What a first call gives, its peak of memory in MB, and the seconds it took."""
     cuda, linux = job.device.startswith("cuda"), (PROCESS / "clear_refs").exists()
-    if cuda or not job.compiler:  # the search for the fastest way may have called it before, and training moves weights
-        ready.cache_clear()
-        gc.collect()
+    for kept in [*KEPT]:  # from the search for the fastest way; of this job, too, since training moves weights
+        if cuda or kept != job or not job.compiler:
+            del KEPT[kept]
+    gc.collect()
     if cuda:  # a CUDA graph has its memory since it was recorded: a peak is seen only where that happens again
         torch.compiler.reset()
         torch.cuda.empty_cache()
@@ -264,11 +262,17 @@ def seconds(job: Job) -> float:
     return _timed(ready(job), job.device)[0]
 
 
-@lru_cache(maxsize=1)
+KEPT: dict[Job, Callable[[], Tensor]] = {}
+
+
 def ready(job: Job) -> Callable[[], Tensor]:
-    """The job's call, kept for the next time."""
+    """The job's call, kept for the next time: the last one, and those that took a compiler."""
     pick_device(job.device)  # of several GPUs, the one that is waited for and whose memory is read
-    return job.call()
+    if job not in KEPT:
+        for other in [other for other in KEPT if not other.compiler]:
+            del KEPT[other]
+        KEPT[job] = job.call()
+    return KEPT[job]
 
 
 def _timed(call: Callable[[], Tensor], device: str) -> tuple[float, Tensor]:

@@ -30,9 +30,9 @@ def keys_and_values(unet: UNet, context: Tensor) -> dict[Attention, KeyValue]:
 def compiled(network: nn.Module) -> Callable[..., Any]:
     """The network by torch.compile, for inputs of one shape, and weights that will not change any more.
 
-    On a CPU the weights become constants of the program, laid out for its matrix units, and the fastest kernel for
-    each matrix product is looked for. On a GPU the kernels of a call are recorded in a CUDA graph. Calls are made
-    without checking that the modules are still the same.
+    On a CPU the weights become constants of the program, laid out for its matrix units, the fastest kernel for each
+    matrix product is looked for, and the kernels are called from C++, not from Python. On a GPU the kernels of a call
+    are recorded in a CUDA graph. Calls are made without checking that the modules are still the same.
     """
 
     def forward(*arguments: Any, **named: Any) -> Any:
@@ -51,7 +51,7 @@ def compiled(network: nn.Module) -> Callable[..., Any]:
     def call(*arguments: Any, **named: Any) -> Any:
         # Settings of the compiler that it reads outside the reach of `options`, too. The last two keep it quiet.
         with inductor.patch(
-            freezing=True, max_autotune=True,
+            freezing=True, max_autotune=True, cpp_wrapper=True,
             autotune_num_choices_displayed=0, max_autotune_report_choices_stats=False,
         ):  # fmt: skip
             return program(*arguments, **named)

@@ -70,7 +70,7 @@ class SpatialTransformer(nn.Module):
     def forward(self, x: Tensor, context: Context = None) -> Tensor:
         """`x` (B, channels, H, W), `context` (B, M, context_channels): the shape of `x`."""
         height = x.shape[2]
-        h = self.project_in(rearrange(self.norm(x), "b c h w -> b (h w) c").contiguous())
+        h = self.project_in(rearrange(self.norm(x), "b c h w -> b (h w) c"))
         for block in self.blocks:
             h = block(h, context)
         return x + rearrange(self.project_out(h), "b (h w) c -> b c h w", h=height)

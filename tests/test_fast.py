@@ -14,6 +14,7 @@ import tiny
 import torch
 from torch import Tensor
 
+from ldm_edu.diffusion import guided
 from ldm_edu.layers import Attention
 from ldm_edu.runtime import UserError
 from ldm_edu.unet import UNet, UNetConfig, attention_maps
@@ -24,13 +25,17 @@ CONFIG = UNetConfig(
 )
 
 
-@pytest.fixture
-def unet() -> UNet:
+def stirred(config: UNetConfig) -> UNet:
     torch.manual_seed(0)
-    unet = UNet(CONFIG).eval()
+    unet = UNet(config).eval()
     for p in unet.parameters():  # a new UNet predicts zero
         torch.nn.init.normal_(p, std=0.2)
     return unet
+
+
+@pytest.fixture
+def unet() -> UNet:
+    return stirred(CONFIG)
 
 
 def given(context_seed: int = 0, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,6 +68,52 @@ def test_projected_once_a_prompt(unet: UNet, monkeypatch: pytest.MonkeyPatch):
     with torch.no_grad():
         for answer, c in zip(answers, (context, context, context, other, context)):
             assert torch.equal(answer, unet(z, t, c))
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize(
+    "other",
+    [{}, {"attention_levels": ()}, {"attention_levels": (0, 1)}, {"scale_shift": True}, {"transformer_depth": 2}],
+    ids=str,
+)
+def test_what_two_conditions_share_is_computed_once(
+    other: dict[str, Any], compile: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("ldm_edu.unet.fast.compiled", lambda network: network)
+    unet = stirred(replace(CONFIG, **other))
+    (z, t, context), null = given(), given(1)[2]
+    t[1] = 3
+    with torch.no_grad():
+        expected = unet(torch.cat([z, z]), torch.cat([t, t]), torch.cat([null, context]))
+    rows = []
+    denoiser = Denoiser(unet, compile)
+    for module in denoiser.unet.modules():
+        if isinstance(module, Attention):
+            module.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    torch.testing.assert_close(denoiser(z, t, torch.stack([null, context])), expected)
+    assert rows == [2] + [4] * (len(rows) - 1), "up to the first cross-attention"
+    without, with_condition = expected.chunk(2)
+    assert (without - with_condition).abs().max() > 0.01 and (expected[0] - expected[1]).abs().max() > 0.01
+    # guidance makes use of it, of any network's prediction alike
+    answers = [guided(f, context, null, 3.0)(z, t) for f in (denoiser, torch.no_grad()(unet))]
+    torch.testing.assert_close(answers[0], answers[1])
+    assert rows.count(2) == 2
+
+
+def test_maps_of_shared_calls_are_those_of_calls_apart(unet: UNet):
+    (z, t, context), null = given(), given(1)[2]
+    with attention_maps(unet) as shared:
+        Denoiser(unet)(z, t, torch.stack([null, context]))
+    with attention_maps(unet) as apart, torch.no_grad():
+        unet(torch.cat([z, z]), torch.cat([t, t]), torch.cat([null, context]))
+    for one, other in zip(shared, apart, strict=True):
+        torch.testing.assert_close(one.probabilities, other.probabilities)
+
+
+def test_several_contexts_that_do_not_fit_are_refused(unet: UNet):
+    z, t, context = given()
+    with pytest.raises(UserError, match="with B = 2 here, not .3, 5, 8"):
+        Denoiser(unet)(z, t, torch.stack(2 * [context[[0, 1, 1]]]))
 
 
 def test_answers_are_not_overwritten_and_have_no_gradient(unet: UNet):
@@ -215,10 +266,7 @@ def test_a_model_that_was_compiled_can_be_pickled_and_copied(monkeypatch: pytest
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("error:Sampling without")
 def test_compiled_equals_eager():
-    torch.manual_seed(0)
-    unet = UNet(replace(CONFIG, channel_multipliers=(1,), attention_levels=())).eval()  # the middle has attention
-    for p in unet.parameters():
-        torch.nn.init.normal_(p, std=0.2)
+    unet = stirred(replace(CONFIG, channel_multipliers=(1,), attention_levels=()))  # the middle has attention
     z, t, context = given()
     denoiser = Denoiser(unet, compile=True)
     with torch.no_grad():
@@ -230,5 +278,6 @@ def test_compiled_equals_eager():
         for p in unet.parameters():
             torch.nn.init.normal_(p, std=0.2)
         second = Denoiser(unet, compile=True)
-        torch.testing.assert_close(second(z, t, context), unet(z, t, context), rtol=1e-4, atol=1e-4)
+        expected = torch.cat([unet(z, t, each) for each in (other, context)])  # two conditions at once
+        torch.testing.assert_close(second(z, t, torch.stack([other, context])), expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(denoiser(z, t, context), before, rtol=1e-4, atol=1e-4)

@@ -94,9 +94,10 @@ def test_the_compiled_network_fits_into_one_cuda_graph(pretence: FakeTensorMode,
     unet = tiny.latent_diffusion().unet
     with pretence, torch.no_grad():
         call = compiled(unet.to("cuda"))
-        for context in (on_gpu(2, 8, 16), on_gpu(2, 8, 16)):
+        for context in (on_gpu(4, 8, 16), on_gpu(4, 8, 16)):  # with a condition and without, of two latents
             kept = keys_and_values(unet, context)
-            assert call(on_gpu(2, 2, 4, 4), torch.tensor([400, 400]).to("cuda"), kept).is_cuda
+            answer = call(on_gpu(2, 2, 4, 4), torch.tensor([400, 400]).to("cuda"), kept)
+            assert answer.is_cuda and answer.shape == (4, 2, 4, 4)
     ((program, options),) = programs
     assert options["triton.cudagraphs"]
     values = [node.meta["example_value"] for node in program.graph.nodes if "example_value" in node.meta]

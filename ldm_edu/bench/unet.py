@@ -76,8 +76,7 @@ class UNetJob(Job):
         """The network for calls without gradients: `(z, t, context) -> prediction`, all as the job's dtype."""
         network = self.placed(self._network())
         if not self.peer:
-            denoiser = Denoiser(network, bool(self.compiler), self.dtype)
-            return _insisting(denoiser) if self.compiler else denoiser
+            return (Insisting if self.compiler else Denoiser)(network, bool(self.compiler), self.dtype)
         if self.compiler:
             network = compiled(network) if self.compiler == "ours" else torch.compile(network)
         return lambda z, t, context: network(z, t, encoder_hidden_states=context).sample.clone()
@@ -191,15 +190,13 @@ def unet(
                     yield row
 
 
-def _insisting(denoiser: Denoiser) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+class Insisting(Denoiser):
     """Does not go on without the compiler: the row would have a wrong name."""
 
-    def predict(z: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    def __call__(self, z: Tensor, t: Tensor, context: Tensor) -> Tensor:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Sampling without the compiler")
-            return denoiser(z, t, context)
-
-    return predict
+            return super().__call__(z, t, context)
 
 
 @dataclass(frozen=True)

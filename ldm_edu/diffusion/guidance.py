@@ -18,7 +18,8 @@ def guided(
     Both predictions are made in one batch. At scale 1 the second one is not needed, and not made.
 
     Args:
-        predict: the network, `(z, t, context) -> prediction`.
+        predict: the network, `(z, t, context) -> prediction`. One that `shares` (`ldm_edu.unet.fast.Denoiser`) is given
+            each latent once, with both contexts, (2, B, M, d).
         context, null_context: both `(B, M, d)`, with the condition and without. (Or with another one to go away from:
             a *negative prompt*.)
         scale: s; 1 is no guidance.
@@ -33,10 +34,12 @@ def guided(
             f"Guidance takes two contexts of one shape; with the condition it is {tuple(context.shape)}, without it "
             f"{tuple(null_context.shape)}. Fill captions up to one length."
         )
-    both = torch.cat([null_context, context])
+    shares = getattr(predict, "shares", False)
+    both = (torch.stack if shares else torch.cat)([null_context, context])
 
     def denoise(z: Tensor, t: Tensor) -> Tensor:
-        without, with_condition = predict(torch.cat([z, z]), torch.cat([t, t]), both).chunk(2)
+        once = (z, t) if shares else (torch.cat([z, z]), torch.cat([t, t]))
+        without, with_condition = predict(*once, both).chunk(2)
         return without + scale * (with_condition - without)
 
     return denoise

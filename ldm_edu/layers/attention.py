@@ -14,6 +14,11 @@ KeyValue = tuple[Tensor, Tensor]
 Context = Tensor | dict[nn.Module, KeyValue] | None
 
 
+def repeated(x: Tensor, batch: int) -> Tensor:
+    """`x` (B, ...), the same for several conditions, once for each of them: `(batch, ...)`."""
+    return x if len(x) >= batch else x.repeat(batch // len(x), *[1] * (x.ndim - 1))
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √d) v for `q` (B, heads, N, d), `k` and `v` (B, heads, M, d): `(B, heads, N, d)`.
 

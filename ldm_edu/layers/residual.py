@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm_edu.layers.attention import repeated
+
 
 class ResidualBlock(nn.Module):
     """x + conv(swish(norm(conv(swish(norm(x)))))), with the timestep's embedding between the two halves.
@@ -31,17 +33,13 @@ class ResidualBlock(nn.Module):
         self.scale_shift = scale_shift
         self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time = (
-            nn.Linear(time_channels, out_channels * (2 if scale_shift else 1)) if time_channels else None
-        )
+        self.time = nn.Linear(time_channels, out_channels * (2 if scale_shift else 1)) if time_channels else None
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if zero_out:
             nn.init.zeros_(self.conv2.weight)
             nn.init.zeros_(self.conv2.bias)
-        self.shortcut = (
-            nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
-        )
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         """`x` (B, in_channels, H, W), `time` (B, time_channels): `(B, out_channels, H, W)`."""
@@ -49,7 +47,7 @@ class ResidualBlock(nn.Module):
         if self.time is None:
             h = self.norm2(h)
         else:
-            embedded = self.time(F.silu(time))[:, :, None, None]
+            embedded = repeated(self.time(F.silu(time)), len(x))[:, :, None, None]
             if self.scale_shift:
                 scale, shift = embedded.chunk(2, dim=1)
                 h = self.norm2(h) * (1 + scale) + shift

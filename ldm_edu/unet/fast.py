@@ -1,4 +1,7 @@
-"""What only makes sampling faster: K and V of the prompt kept from step to step, and the network compiled."""
+"""What only makes sampling faster.
+
+K and V of the prompt kept from step to step, what several conditions share computed once, and the network compiled.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,11 @@ OURS = ("ldm_edu.unet.", "ldm_edu.layers.", "torch.nn.")  # where the parts come
 
 
 def keys_and_values(unet: UNet, context: Tensor) -> dict[Attention, KeyValue]:
-    """What the cross-attentions make of a context `(B, M, d)`; the UNet takes it in the context's place."""
+    """What the cross-attentions make of a context `(B, M, d)`; the UNet takes it in the context's place.
+
+    Of a context `(k * B, M, d)`, the UNet makes k predictions for each of B latents, those of the first B rows first:
+    `(k * B, c, h, w)`. What it computes before its first cross-attention is the same for all k, and is computed once.
+    """
     blocks = (module for module in unet.modules() if isinstance(module, TransformerBlock))
     return {block.cross_attention: block.cross_attention.project(context) for block in blocks}
 
@@ -67,10 +74,11 @@ def has_hooks(network: nn.Module) -> bool:
 class Denoiser:
     """`(z, t, context) -> prediction` for the many calls of a sampling loop, without gradients.
 
-    As long as it gets the same context, its K and V are computed once; a network of your own, or with a part that is,
-    is given the context itself. Compiled (see `compiled`), it works on a copy of the weights, and the first call with a
-    new shape takes a minute or several. Where the compiler fails, a warning says why, and the calls run as they would
-    have without it; so do they where the network has hooks, which nobody would hear from a copy.
+    As long as it gets the same context, its K and V are computed once; so is what its predictions with several contexts
+    have in common (see `keys_and_values`). A network of your own, or with a part that is, is given the context itself.
+    Compiled (see `compiled`), it works on a copy of the weights, and the first call with a new shape takes a minute or
+    several. Where the compiler fails, a warning says why, and the calls run as they would have without it; so do they
+    where the network has hooks, which nobody would hear from a copy.
 
     Args:
         dtype: of the compiled network's weights and activations.
@@ -80,7 +88,7 @@ class Denoiser:
         self.unet, self._kept = unet, None  # the last context, and its K and V
         own = getattr(unet, "_orig_mod", unet)  # what torch.compile wraps
         self._checks = isinstance(own, UNet)
-        self._keeps = type(own) is UNet and all(type(part).__module__.startswith(OURS) for part in own.modules())
+        self.shares = type(own) is UNet and all(type(part).__module__.startswith(OURS) for part in own.modules())
         if compile and has_hooks(unet):
             warnings.warn("Sampling without the compiler: hooks (of attention_maps?) listen to the UNet.", stacklevel=2)
             compile = False
@@ -101,9 +109,13 @@ class Denoiser:
 
     @torch.no_grad()
     def __call__(self, z: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
-        """`z` (B, c, h, w), `t` (B,), `context` (B, M, d): the prediction, in single precision."""
+        """`z` (B, c, h, w), `t` (B,), `context` (B, M, d): the prediction, in single precision.
+
+        Where it `shares`, it also takes k contexts for each latent, (k, B, M, d): `(k * B, c, h, w)`.
+        """
         if self._checks:
-            self.unet.check(z, t, context)
+            for each in [context] if context is None or context.ndim < 4 else context:
+                self.unet.check(z, t, each)
         dtype = next(self.unet.parameters()).dtype
         kept = None if context is None else self._project(context, dtype)
         shapes = z.shape, None if context is None else context.shape
@@ -119,7 +131,8 @@ class Denoiser:
         last = self._kept  # read once, written whole: another thread may be sampling, too
         if last is None or last[0] is not context or last[1] != version:
             given = context.to(dtype)
-            self._kept = last = context, version, keys_and_values(self.unet, given) if self._keeps else given
+            kept = keys_and_values(self.unet, given.flatten(0, -3)) if self.shares else given
+            self._kept = last = context, version, kept
         return last[2]
 
     def _answer(self, z: Tensor, t: Tensor, kept: Context, shapes: Any) -> Tensor:

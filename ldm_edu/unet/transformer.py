@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm_edu.layers import Attention
-from ldm_edu.layers.attention import Context
+from ldm_edu.layers.attention import Context, repeated
 
 
 class FeedForward(nn.Module):
@@ -33,18 +33,19 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, channels: int, heads: int, context_channels: int | None) -> None:
         super().__init__()
-        self.norm1, self.norm2, self.norm3 = (
-            nn.LayerNorm(channels),
-            nn.LayerNorm(channels),
-            nn.LayerNorm(channels),
-        )
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
         self.self_attention = Attention(channels, heads)
         self.cross_attention = Attention(channels, heads, context_channels)
         self.feed_forward = FeedForward(channels)
 
     def forward(self, x: Tensor, context: Context = None) -> Tensor:
-        """`x` (B, N, channels), `context` (B, M, context_channels): `(B, N, channels)`."""
+        """`x` (B, N, channels), `context` (B, M, context_channels): `(B, N, channels)`.
+
+        Given K and V instead (`keys_and_values`), it makes as many as these: the first attention needs no condition.
+        """
         x = x + self.self_attention(self.norm1(x))
+        if isinstance(context, dict):
+            x = repeated(x, len(context[self.cross_attention][0]))
         x = x + self.cross_attention(self.norm2(x), context)
         return x + self.feed_forward(self.norm3(x))
 
@@ -73,4 +74,4 @@ class SpatialTransformer(nn.Module):
         h = self.project_in(rearrange(self.norm(x), "b c h w -> b (h w) c"))
         for block in self.blocks:
             h = block(h, context)
-        return x + rearrange(self.project_out(h), "b (h w) c -> b c h w", h=height)
+        return repeated(x, len(h)) + rearrange(self.project_out(h), "b (h w) c -> b c h w", h=height)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_edu.layers import AttentionBlock, Downsample, ResidualBlock, Upsample
-from ldm_edu.layers.attention import Context
+from ldm_edu.layers.attention import Context, repeated
 from ldm_edu.runtime import UserError
 from ldm_edu.unet.config import UNetConfig
 from ldm_edu.unet.transformer import SpatialTransformer
@@ -95,7 +95,7 @@ class UpLevel(nn.Module):
     def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Context) -> Tensor:
         """Takes the skip connections that it needs from the end of `skips`."""
         for block in self.blocks:
-            x = block(torch.cat([x, skips.pop()], dim=1), time, context)
+            x = block(torch.cat([x, repeated(skips.pop(), len(x))], dim=1), time, context)
         return x if self.upsample is None else self.upsample(x)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ldm_edu.diffusion import guided
 from ldm_edu.layers import Attention
+from ldm_edu.layers.attention import repeated
 from ldm_edu.runtime import UserError
 from ldm_edu.unet import UNet, UNetConfig, attention_maps
 from ldm_edu.unet.fast import Denoiser, keys_and_values
@@ -110,6 +111,12 @@ def test_maps_of_shared_calls_are_those_of_calls_apart(unet: UNet):
         unet(torch.cat([z, z]), torch.cat([t, t]), torch.cat([null, context]))
     for one, other in zip(shared, apart, strict=True):
         torch.testing.assert_close(one.probabilities, other.probabilities)
+
+
+def test_repeating_keeps_the_memory_order():
+    x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    twice = repeated(x, 4)
+    assert twice.shape == (4, 3, 4, 5) and twice.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_several_contexts_that_do_not_fit_are_refused(unet: UNet):

@@ -16,7 +16,7 @@ Context = Tensor | dict[nn.Module, KeyValue] | None
 
 def repeated(x: Tensor, batch: int) -> Tensor:
     """`x` (B, ...), the same for several conditions, once for each of them: `(batch, ...)`."""
-    return x if len(x) >= batch else x.repeat(batch // len(x), *[1] * (x.ndim - 1))
+    return x if len(x) >= batch else torch.cat([x] * (batch // len(x)))  # keeps channels_last
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        """`x` (B, in_channels, H, W), `time` (B, time_channels): `(B, out_channels, H, W)`."""
+        """`x` (B, in_channels, H, W), `time` (B or B / k, time_channels): `(B, out_channels, H, W)`."""
         h = self.conv1(F.silu(self.norm1(x)))
         if self.time is None:
             h = self.norm2(h)

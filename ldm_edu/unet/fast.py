@@ -77,6 +77,7 @@ class Denoiser:
     As long as it gets the same context, its K and V are computed once; so is what its predictions with several contexts
     have in common (see `keys_and_values`), which hooks then hear of once. A network of your own, or with a part that
     is, is given the context itself.
+
     Compiled (see `compiled`), it works on a copy of the weights, and the first call with a new shape takes a minute or
     several. Where the compiler fails, a warning says why, and the calls run as they would have without it; so do they
     where the network has hooks, which nobody would hear from a copy.

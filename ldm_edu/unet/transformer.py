@@ -41,7 +41,8 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor, context: Context = None) -> Tensor:
         """`x` (B, N, channels), `context` (B, M, context_channels): `(B, N, channels)`.
 
-        Given K and V instead (`keys_and_values`), it makes as many as these: the first attention needs no condition.
+        Given the K and V of k * B contexts (`keys_and_values`), `(k * B, N, channels)`: its first attention needs none
+        of them, and runs once for all k.
         """
         x = x + self.self_attention(self.norm1(x))
         if isinstance(context, dict):

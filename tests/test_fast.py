@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
+from unets import ours
 
 from ldm_edu.diffusion import guided
 from ldm_edu.layers import Attention
@@ -26,17 +27,9 @@ CONFIG = UNetConfig(
 )
 
 
-def stirred(config: UNetConfig) -> UNet:
-    torch.manual_seed(0)
-    unet = UNet(config).eval()
-    for p in unet.parameters():  # a new UNet predicts zero
-        torch.nn.init.normal_(p, std=0.2)
-    return unet
-
-
 @pytest.fixture
 def unet() -> UNet:
-    return stirred(CONFIG)
+    return ours(CONFIG)
 
 
 def given(context_seed: int = 0, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,7 +76,7 @@ def test_what_two_conditions_share_is_computed_once(
     other: dict[str, Any], compile: bool, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("ldm_edu.unet.fast.compiled", lambda network: network)
-    unet = stirred(replace(CONFIG, **other))
+    unet = ours(replace(CONFIG, **other))
     (z, t, context), null = given(), given(1)[2]
     t[1] = 3
     with torch.no_grad():
@@ -275,7 +268,7 @@ def test_a_model_that_was_compiled_can_be_pickled_and_copied(monkeypatch: pytest
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("error:Sampling without")
 def test_compiled_equals_eager():
-    unet = stirred(replace(CONFIG, channel_multipliers=(1,), attention_levels=()))  # the middle has attention
+    unet = ours(replace(CONFIG, channel_multipliers=(1,), attention_levels=()))  # the middle has attention
     z, t, context = given()
     denoiser = Denoiser(unet, compile=True)
     with torch.no_grad():

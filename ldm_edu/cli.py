@@ -212,7 +212,7 @@ def evaluate(
         Path | None, typer.Option(help="A folder of pictures, for first stages; several have a default.")
     ] = None,
     captions: Annotated[int, typer.Option(help="Captions a group, for a text model.")] = 512,
-    seed: Annotated[int, typer.Option(help="Of scenes and noise, for a text model.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of scenes and noise, for a text model or ShapeScenes.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure a checkpoint: a text model's faithfulness to captions, or a first stage's reconstructions.
@@ -239,7 +239,7 @@ def evaluate(
         from ldm_edu.evaluation import attention, scenes
 
         if names == ["shapes"]:
-            found = scenes.measure_scenes()
+            found = scenes.measure_scenes(seed=seed)
         else:
             found = attention.measure_attention(*names[1:], captions=captions, seed=seed)
         return _tell(found, "\n".join(f"{name:>33} {value}" for name, value in found.items()), as_json)
